@@ -1,0 +1,105 @@
+"""Training where the training inputs are the templates themselves, X = I_k: the fast path (DESIGN §4).
+
+There W1·X = W1, so the first layer costs no product, neither forwards nor backwards; and a state's
+pre-activations are a sum of the columns of W1 that its matched templates select. What is left are
+three matrix products a step. They run block by block of hidden units: one pass applies a step to a
+block and at once adds up what the block contributes to the new outputs, so weights travel through the
+cache once a step and no temporary is larger than a block.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from ntk_ensembles.ensemble.network import Cohort
+
+_STATES_AT_ONCE = 1024
+
+
+class IdentityModel:
+    """A cohort trained on X = I_k (a `Trainable`), changed in place.
+
+    Args:
+        cohort: the members.
+        low_precision: compute the two products of a step's update in bfloat16. Weights, outputs and so
+            residuals keep the cohort's dtype: like iterative refinement, training corrects in its next
+            step what the rounding of the last one left.
+    """
+
+    def __init__(self, cohort: Cohort, *, low_precision: bool = False) -> None:
+        members, blocks, templates, units = cohort.hidden.shape
+        self._cohort = cohort
+        self._blocks = blocks
+        self._scale = 1 / math.sqrt(cohort.width * templates)
+        self._low_precision = low_precision
+        self._active = cohort.hidden.new_empty((members, templates, units))
+        self._pulled = torch.empty_like(self._active)
+
+    def outputs(self) -> Float[Tensor, "members bits templates"]:
+        """f(X)ᵀ of every member."""
+        return self._sweep(None)
+
+    def step(self, cotangents: Float[Tensor, "members bits templates"]) -> Float[Tensor, "members bits templates"]:
+        """Change every member's weights by −Jᵀ·cotangent and return the new outputs."""
+        return self._sweep(cotangents * self._scale)
+
+    def restart(self, position: int) -> None:
+        """Set one member back to its initial weights."""
+        self._cohort.redraw(position)
+
+    def _sweep(self, cotangents: Tensor | None) -> Tensor:
+        cohort = self._cohort
+        members, _, templates, _ = cohort.hidden.shape
+        totals = cohort.hidden.new_zeros((members, cohort.readout.shape[2], templates))
+        for block in range(self._blocks):
+            hidden, readout = cohort.hidden[:, block], cohort.readout[:, block]
+            if cotangents is not None:
+                self._update(hidden, readout, cotangents)
+            torch.clamp_min(hidden, 0, out=self._active)
+            totals.baddbmm_(readout, self._active.mT)
+        return totals.mul_(self._scale)
+
+    def _update(self, hidden: Tensor, readout: Tensor, cotangents: Tensor) -> None:
+        """One block's step: W1 −= (W2ᵀp)·relu'(W1), W2 −= p·relu(W1)ᵀ, both with the weights before it."""
+        torch.clamp_min(hidden, 0, out=self._active)
+        if self._low_precision:
+            low = torch.bfloat16
+            active, pulled = self._active.to(low), torch.bmm(cotangents.mT.to(low), readout.to(low))
+            readout.sub_(torch.bmm(cotangents.to(low), active.mT.contiguous().mT))
+        else:
+            active, pulled = self._active, torch.bmm(cotangents.mT, readout, out=self._pulled)
+            readout.baddbmm_(cotangents, active, alpha=-1)
+        # The gradient of relu, in one pass and in place: `pulled` where the unit is active, else 0.
+        torch.ops.aten.threshold_backward.grad_input(pulled, active, 0, grad_input=pulled)
+        hidden.sub_(pulled)
+
+    def predict(self, inputs: Float[Tensor, "inputs templates"]) -> Float[Tensor, "members inputs bits"]:
+        """f(x) of every member at sparse inputs, such as encoded states."""
+        return torch.cat([self._predict(part) for part in inputs.split(_STATES_AT_ONCE)], 1)
+
+    def _predict(self, inputs: Tensor) -> Tensor:
+        cohort = self._cohort
+        members, bits = len(cohort.indices), cohort.readout.shape[2]
+        totals = inputs.new_zeros((members, len(inputs), bits))
+        rows, columns = inputs.nonzero(as_tuple=True)
+        values = inputs[rows, columns]
+        offsets = functional.pad(rows.bincount(minlength=len(inputs)).cumsum(0), (1, 0))[:-1]
+        for block in range(self._blocks):
+            hidden, readout = cohort.hidden[:, block], cohort.readout[:, block]
+            if inputs.device.type == "cpu":
+                # Adding up a few rows that the cache holds beats a product with the sparse inputs.
+                sums = torch.stack(
+                    [
+                        functional.embedding_bag(columns, weights, offsets, mode="sum", per_sample_weights=values)
+                        for weights in hidden
+                    ]
+                )
+            else:
+                sums = inputs @ hidden
+            totals.baddbmm_(sums.relu_(), readout.mT)
+        return totals.mul_(self._scale)

@@ -1,0 +1,123 @@
+"""Multiplying two numbers by shifting and adding under control bits (DESIGN §1; the paper's multiplication)."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+from ntk_ensembles.tasks.base import Task, check_range
+from ntk_ensembles.tasks.inputs import alternating_bits, random_operand, structured_first
+from ntk_ensembles.tasks.layout import StateLayout
+from ntk_ensembles.tasks.templates import Template
+
+
+class Multiplication(Task[tuple[int, int], int]):
+    """Multiplies two L-bit numbers: 11L bits, 19L − 4 templates, at most 2L² + L + 1 micro-steps.
+
+    The multiplicand stands in ``a`` and moves left, the multiplier in ``b`` and moves right. A
+    ``check`` looks at b's lowest bit: if it is 1, a is copied into q, the adder of p and q (which
+    never stops) takes it up, and ``count`` waits until the carries have come to rest; then
+    ``shift`` moves a and b, and ``check`` comes again. A check that finds b = 0 sets nothing: the
+    machine rests, with the product in p.
+
+    Args:
+        bits: length L of each factor, 1 to 64.
+
+    Raises:
+        ValueError: ``bits`` outside its range.
+    """
+
+    name = "multiplication"
+
+    def __init__(self, bits: int = 4) -> None:
+        check_range("bits", bits, 1, 64)
+        self.bits = bits
+        self.layout = StateLayout(
+            p=2 * bits,
+            q=2 * bits,
+            # The product stays below 2^2L, so the top bit never carries.
+            carry=2 * bits - 1,
+            a=2 * bits,
+            b=bits,
+            # Before the addend a·2^i arrives p is below 2^(i+L), so a carry crosses at most the L
+            # positions from i on, two micro-steps each. With 2L - 1 counts the next check finds no
+            # carry left; a bit of q left over then is used up in that same micro-step.
+            count=2 * bits - 1,
+            check=1,
+            shift=1,
+        )
+
+    def rules(self) -> Iterator[Template]:
+        """The adder, the two shifted factors, and the control bits."""
+        yield from self._adder()
+        yield from self._factors()
+        yield from self._control()
+
+    def _adder(self) -> Iterator[Template]:
+        p, q, carry = self.layout["p"], self.layout["q"], self.layout["carry"]
+        for i in range(len(p)):
+            yield Template.rule("sum", ones=[p[i]], zeros=[q[i]], sets=[p[i]])
+            yield Template.rule("sum", ones=[q[i]], zeros=[p[i]], sets=[p[i]])
+        for i in range(len(carry)):
+            yield Template.rule("carry", ones=[p[i], q[i]], sets=[carry[i]])
+            yield Template.rule("move carry", ones=[carry[i]], sets=[q[i + 1]])
+
+    def _factors(self) -> Iterator[Template]:
+        a, b, q = self.layout["a"], self.layout["b"], self.layout["q"]
+        check, shift = self.layout["check"][0], self.layout["shift"][0]
+        for i in range(len(a)):
+            yield Template.rule("keep multiplicand", ones=[a[i]], zeros=[shift], sets=[a[i]])
+            yield Template.rule("load addend", ones=[check, b[0], a[i]], sets=[q[i]])
+        for i in range(len(a) - 1):
+            yield Template.rule("shift multiplicand", ones=[a[i], shift], sets=[a[i + 1]])
+        for i in range(len(b)):
+            yield Template.rule("keep multiplier", ones=[b[i]], zeros=[shift], sets=[b[i]])
+        for i in range(1, len(b)):
+            yield Template.rule("shift multiplier", ones=[b[i], shift], sets=[b[i - 1]])
+
+    def _control(self) -> Iterator[Template]:
+        b, count = self.layout["b"], self.layout["count"]
+        check, shift = self.layout["check"][0], self.layout["shift"][0]
+        yield Template.rule("start counting", ones=[check, b[0]], sets=[count[0]])
+        for i in range(1, len(b)):
+            yield Template.rule("skip addition", ones=[check, b[i]], zeros=[b[0]], sets=[shift])
+        for i in range(len(count) - 1):
+            yield Template.rule("count", ones=[count[i]], sets=[count[i + 1]])
+        yield Template.rule("stop counting", ones=[count[-1]], sets=[shift])
+        yield Template.rule("check again", ones=[shift], sets=[check])
+
+    def inputs(self, generator: random.Random) -> Iterator[tuple[int, int]]:
+        """Corner cases, then all pairs where they are few, else random pairs for ever."""
+        full = (1 << self.bits) - 1
+        top = 1 << (self.bits - 1)
+        even, odd = alternating_bits(self.bits)
+        corners = [(0, 0), (full, full), (full, 1), (1, full), (full, 0), (0, full), (top, top)]
+        patterns = [(even, odd), (odd, even), (even, even), (odd, odd)]
+        # The last addend's carry crosses all L positions.
+        longest_carry = [(full, top | 1)]
+        powers = [(1 << i, 1 << i) for i in range(self.bits)]
+        return structured_first(
+            [*corners, *patterns, *longest_carry, *powers],
+            size=1 << 2 * self.bits,
+            every=lambda: itertools.product(range(full + 1), repeat=2),
+            draw=lambda: (random_operand(generator, self.bits), random_operand(generator, self.bits)),
+            generator=generator,
+        )
+
+    def fields(self, value: tuple[int, int]) -> dict[str, int]:
+        """The factors in a and b, under a check."""
+        return {"a": value[0], "b": value[1], "check": 1}
+
+    def output(self, fields: dict[str, int]) -> int:
+        """The product, in p."""
+        return fields["p"]
+
+    def reference(self, value: tuple[int, int]) -> int:
+        """The product."""
+        return value[0] * value[1]
+
+    def micro_steps(self, value: tuple[int, int]) -> int:
+        """2L² + L + 1, reached by a multiplier of ones: 2L + 1 for each of them and a last check."""
+        del value
+        return self.bits * (2 * self.bits + 1) + 1

@@ -1,0 +1,43 @@
+"""What infinitely wide ensembles do, exactly: kernels, predictions, decoding (DESIGN §2 and §3).
+
+`kernels` holds the two kernels of the network, `predictor` the mean and variance that training on a
+task's templates leads to, `decoding` the thresholds that read bits off them and how often they fail.
+"""
+
+from ntk_ensembles.theory.decoding import (
+    DECODERS,
+    Decoder,
+    ExactMatchBand,
+    bit_error_probability,
+    decode,
+    exact_match_band,
+    exact_match_probability,
+    log_exact_match_probability,
+    margins,
+    thresholds,
+)
+from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
+from ntk_ensembles.theory.predictor import Gaussian, Posterior, TemplatePredictor, posterior
+
+__all__ = [
+    "DECODERS",
+    "Decoder",
+    "ExactMatchBand",
+    "Gaussian",
+    "InverseKernel",
+    "Posterior",
+    "TemplatePredictor",
+    "bit_error_probability",
+    "decode",
+    "exact_match_band",
+    "exact_match_probability",
+    "kappa0",
+    "kappa1",
+    "log_exact_match_probability",
+    "margins",
+    "nngp",
+    "ntk",
+    "ntk_profile",
+    "posterior",
+    "thresholds",
+]

@@ -1,0 +1,229 @@
+"""Kernels of the infinitely wide two-layer ReLU network (DESIGN §2; paper, section 4).
+
+The network is f(x) = W2·relu(W1·x/√k)/√n with W1 ∈ R^{n×k}, W2 ∈ R^{m×n}, entries i.i.d. N(0, 1), no
+biases, both layers trained; k is the input's dimension. As n → ∞ its outputs at initialisation are
+Gaussian with the NNGP kernel K, and training moves them along the neural tangent kernel Θ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+NTK_DIAGONAL = 1.0
+"""d = κ1(1) + κ0(1): kΘ of a unit vector with itself."""
+
+ORTHOGONAL = 1 / (2 * math.pi)
+"""c = κ1(0): kΘ, and kK, of two orthogonal unit vectors."""
+
+NNGP_DIAGONAL = 0.5
+"""κ1(1): kK of a unit vector with itself."""
+
+
+def _kappas(cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+    """κ0 and κ1 at an angle given by both its cosine and its sine."""
+    # π − arccos ρ. Unlike arccos, arctan2 keeps full accuracy wherever the sine is accurate, and a
+    # cosine past ±1 by rounding gives no nan.
+    opening = torch.atan2(sine, -cosine)
+    return opening / (2 * math.pi), (sine + opening * cosine) / (2 * math.pi)
+
+
+def _profile(cosine: Tensor, sine: Tensor) -> Tensor:
+    """κ1 + ρκ0 at an angle given by both its cosine and its sine."""
+    zeroth, first = _kappas(cosine, sine)
+    return first + cosine * zeroth
+
+
+def _with_sine(cosine: Tensor) -> tuple[Tensor, Tensor]:
+    # A product of rounded unit vectors passes ±1 by a few units in the last place, where the root
+    # would be nan; the factored radicand loses nothing near ±1, as 1 − ρ² would.
+    cosine = cosine.clamp(-1, 1)
+    return cosine, ((1 - cosine) * (1 + cosine)).sqrt()
+
+
+def kappa0(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """κ0(ρ) = (π − arccos ρ)/(2π): the chance that both of two unit Gaussians of correlation ρ are positive.
+
+    Args:
+        cosine: ρ, in [−1, 1]; values outside (by rounding) count as the nearest end.
+
+    Returns:
+        κ0, in the dtype of ``cosine``. DESIGN §2.
+    """
+    return _kappas(*_with_sine(cosine))[0]
+
+
+def kappa1(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """κ1(ρ) = (√(1−ρ²) + (π − arccos ρ)ρ)/(2π): E[relu(u)·relu(v)] of unit Gaussians of correlation ρ.
+
+    Args:
+        cosine: ρ, in [−1, 1]; values outside (by rounding) count as the nearest end.
+
+    Returns:
+        κ1, in the dtype of ``cosine``. DESIGN §2.
+    """
+    return _kappas(*_with_sine(cosine))[1]
+
+
+def ntk_profile(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """κ1(ρ) + ρ·κ0(ρ): kΘ of two unit vectors at cosine ρ ("a" in DESIGN §2).
+
+    Args:
+        cosine: ρ, in [−1, 1]; values outside (by rounding) count as the nearest end.
+
+    Returns:
+        The profile, in the dtype of ``cosine``; `NTK_DIAGONAL` at 1, `ORTHOGONAL` at 0.
+    """
+    return _profile(*_with_sine(cosine))
+
+
+def _geometry(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """|x||y|/k, cosine and sine for every pair of rows."""
+    tiny = torch.finfo(x.dtype).tiny
+    norms_x, norms_y = (torch.linalg.vector_norm(z, dim=1) for z in (x, y))
+    # The floor lets a zero row stay zero; its kernels vanish by the scale below.
+    unit_x, unit_y = x / norms_x.clamp_min(tiny)[:, None], y / norms_y.clamp_min(tiny)[:, None]
+    # κ0 has an infinite slope at ±1, so a dot product off by 1e-16 there would cost 1e-8. The sum's and
+    # the difference's norms give a sine accurate at both ends; cdist's shortcut through a matrix
+    # product would lose that again.
+    exact = "donot_use_mm_for_euclid_dist"
+    difference = torch.cdist(unit_x, unit_y, compute_mode=exact)
+    total = torch.cdist(unit_x, -unit_y, compute_mode=exact)
+    scale = norms_x[:, None] * norms_y / x.shape[1]
+    return scale, (total - difference) * (total + difference) / 4, total * difference / 2
+
+
+def nngp(
+    x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]
+) -> Float[Tensor, "left right"]:
+    """The NNGP kernel K(x, y) = |x||y|κ1(ρ)/k between all pairs of rows.
+
+    Args:
+        x: inputs of any norm; a zero row has kernel 0 with everything.
+        y: inputs of the same dimension k, dtype and device.
+
+    Returns:
+        The covariance of the untrained network's outputs, in the inputs' dtype. DESIGN §2. Costs
+        O(left·right·features) time, O(left·right) memory.
+    """
+    scale, cosine, sine = _geometry(x, y)
+    return scale * _kappas(cosine, sine)[1]
+
+
+def ntk(
+    x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]
+) -> Float[Tensor, "left right"]:
+    """The neural tangent kernel Θ(x, y) = |x||y|(κ1(ρ) + ρκ0(ρ))/k between all pairs of rows.
+
+    Args:
+        x: inputs of any norm; a zero row has kernel 0 with everything.
+        y: inputs of the same dimension k, dtype and device.
+
+    Returns:
+        The inner products of the network's gradients in all weights, in the inputs' dtype.
+        DESIGN §2. Costs O(left·right·features) time, O(left·right) memory.
+    """
+    scale, cosine, sine = _geometry(x, y)
+    return scale * _profile(cosine, sine)
+
+
+def ntk_cholesky(inputs: Float64[Tensor, "templates features"]) -> Float64[Tensor, "templates templates"]:
+    """The lower Cholesky factor of Θ(X, X).
+
+    Args:
+        inputs: X, one training input a row.
+
+    Returns:
+        L with LLᵀ = Θ(X, X), float64.
+
+    Raises:
+        ValueError: Θ(X, X) is singular in double precision: a zero row, or a row parallel to an
+            earlier one (Θ is homogeneous in the norm, so scaling does not tell inputs apart).
+    """
+    kernel = ntk(inputs, inputs)
+    factor, failed_at = torch.linalg.cholesky_ex(kernel)
+    # A squared pivot is what the earlier rows leave unexplained of this one; below this share of the
+    # diagonal it is rounding.
+    unexplained = factor.diagonal() ** 2 <= len(inputs) * torch.finfo(kernel.dtype).eps * kernel.diagonal()
+    row = int(failed_at) - 1 if int(failed_at) else int(unexplained.nonzero()[0]) if unexplained.any() else -1
+    if row >= 0:
+        raise ValueError(f"Θ(X, X) of {len(inputs)} inputs is singular: {_why_singular(inputs, row)}")
+    return factor
+
+
+def _why_singular(inputs: Tensor, row: int) -> str:
+    if not inputs[row].any():
+        return f"row {row} is zero"
+    _, cosine, sine = _geometry(inputs[row : row + 1], inputs[:row])
+    parallel = ((cosine > 0) & (sine < math.sqrt(torch.finfo(inputs.dtype).eps))).squeeze(0)
+    if parallel.any():
+        return f"rows {int(parallel.nonzero()[0])} and {row} are parallel; keep one of them"
+    return f"row {row} is determined by earlier rows to double precision"
+
+
+class InverseKernel:
+    """Θ(X, X)⁻¹, applied on the right of residuals: R ↦ R·Θ(X, X)⁻¹ (DESIGN §4, the whitened loss).
+
+    Build it with `identity` or `of`.
+
+    Attributes:
+        eigenvalue_bounds: the smallest and the largest eigenvalue of Θ(X, X).
+    """
+
+    def __init__(self, templates: int, inverse: Tensor | None, eigenvalue_bounds: tuple[float, float]) -> None:
+        self._templates = templates
+        self._inverse = inverse
+        self.eigenvalue_bounds = eigenvalue_bounds
+
+    @classmethod
+    def identity(cls, templates: int) -> InverseKernel:
+        """For X = I_k, in closed form: nothing is factored or stored.
+
+        Args:
+            templates: k, at least 1.
+
+        Raises:
+            ValueError: no templates.
+        """
+        if templates < 1:
+            raise ValueError(f"got {templates} templates; the kernel needs at least 1")
+        smallest = (NTK_DIAGONAL - ORTHOGONAL) / templates
+        # One template leaves only the all-ones direction.
+        largest = smallest + ORTHOGONAL
+        return cls(templates, None, (largest if templates == 1 else smallest, largest))
+
+    @classmethod
+    def of(cls, inputs: Float64[Tensor, "templates features"]) -> InverseKernel:
+        """For any X, by a float64 Cholesky factorisation: O(k³) time, once, and k² numbers kept.
+
+        Args:
+            inputs: X, one training input a row.
+
+        Raises:
+            ValueError: Θ(X, X) is singular (a zero row, parallel rows).
+        """
+        factor = ntk_cholesky(inputs)
+        eigenvalues = torch.linalg.eigvalsh(factor @ factor.T)
+        return cls(len(inputs), torch.cholesky_inverse(factor), (float(eigenvalues[0]), float(eigenvalues[-1])))
+
+    def __call__(self, residual: Float[Tensor, "*batch templates"]) -> Float[Tensor, "*batch templates"]:
+        """R·Θ(X, X)⁻¹, in the dtype and on the device of ``residual``.
+
+        For the identity, by Sherman–Morrison: k/(d−c)·(R − c/(d − c + c·k)·(R·1)1ᵀ).
+
+        Args:
+            residual: R, the last axis over training inputs; any leading axes (members, bits).
+
+        Raises:
+            ValueError: the last axis does not have length k.
+        """
+        if residual.shape[-1] != self._templates:
+            raise ValueError(f"got residuals on {residual.shape[-1]} training inputs; Θ(X, X) has {self._templates}")
+        if self._inverse is not None:
+            return residual @ self._inverse.to(residual)
+        gap = NTK_DIAGONAL - ORTHOGONAL
+        shared = ORTHOGONAL / (gap + ORTHOGONAL * self._templates)
+        return self._templates / gap * (residual - shared * residual.sum(-1, keepdim=True))

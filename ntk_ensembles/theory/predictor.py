@@ -1,0 +1,213 @@
+"""Mean and variance of the trained infinitely wide ensemble (DESIGN §2; paper, section 4).
+
+Trained to convergence on (X, Y), the network's outputs at inputs x are Gaussian over initialisations,
+independent from bit to bit. With v(x) = Θ(X, X)⁻¹Θ(X, x),
+
+    mean(x)    = v(x)ᵀY
+    cov(x, x') = K(x, x') + v(x)ᵀK(X, X)v(x') − v(x)ᵀK(X, x') − K(x, X)v(x').
+
+`TemplatePredictor` evaluates both in closed form for X = I_k; `posterior` solves them for any X.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float64, Int
+from torch import Tensor
+
+from ntk_ensembles.tasks.templates import TemplateSet
+from ntk_ensembles.theory.kernels import (
+    NNGP_DIAGONAL,
+    NTK_DIAGONAL,
+    ORTHOGONAL,
+    kappa1,
+    nngp,
+    ntk,
+    ntk_cholesky,
+    ntk_profile,
+)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """One member's outputs, over initialisations; the mean of N members has 1/N of the variance."""
+
+    mean: Float64[Tensor, "states bits"]
+    """The ensemble's limit for ever more members."""
+
+    variance: Float64[Tensor, " states"]
+    """The same for every bit of a state; bits are independent."""
+
+
+class Posterior(NamedTuple):
+    """Outputs at several inputs jointly: bits are independent, each with the same covariance."""
+
+    mean: Float64[Tensor, "inputs bits"]
+    covariance: Float64[Tensor, "inputs inputs"]
+
+
+class TemplatePredictor:
+    """The infinitely wide ensemble trained on a task's templates, as look-ups by s, C_j and F_j.
+
+    A prediction depends on the input only through s (how many templates match) and, for each bit j, on
+    C_j (matched templates that set it) beside F_j (all that set it). The tables over s = 0 … k are made
+    once, in float64, in O(k) time.
+
+    Args:
+        templates: the task's templates: X = I_k, Y = their labels.
+        padding: so many templates more, that set nothing and never match (the paper's way to make the
+            sign rule right); they count in k.
+
+    Attributes:
+        templates: the task's templates, without the padding.
+        size: k, the training set's size, with the padding.
+        fan_in: F_j, how many templates set bit j.
+
+    Raises:
+        ValueError: a negative padding.
+    """
+
+    def __init__(self, templates: TemplateSet, padding: int = 0) -> None:
+        if padding < 0:
+            raise ValueError(f"padding {padding}: expected at least 0")
+        self.templates = templates
+        self.size = len(templates) + padding
+        self.fan_in = templates.fan_in
+        matched = torch.arange(self.size + 1, dtype=torch.float64)
+        cosine = matched.clamp_min(1).rsqrt()
+        gap = NTK_DIAGONAL - ORTHOGONAL
+        excess = ntk_profile(cosine) - ORTHOGONAL
+        # DESIGN's 1 − T/(d − c + ck) over one denominator: no cancellation for large k, and exactly 0 at s = 1.
+        unmatched_weight = ORTHOGONAL * (gap - matched * excess) / (gap + ORTHOGONAL * self.size) / gap
+        # Nothing matches the zero input, and a network without biases is 0 there.
+        some = matched > 0
+        self._unmatched_weight = unmatched_weight * some
+        self._contrast = excess / gap * some
+        self._kappa1_excess = (kappa1(cosine) - ORTHOGONAL) * some
+        counts = torch.arange(self.size + 1)
+        # A variance is not negative; the sum's last rounding can be.
+        self._variance = self._covariance(counts, counts, matched).clamp_min(0)
+
+    def _covariance(self, left: Tensor, right: Tensor, overlap: Tensor) -> Tensor:
+        """cov(x, x') from s = ``left``, s' = ``right`` and |A ∩ B|, elementwise with broadcasting.
+
+        v(x) is w_m − w_u ("contrast") on the matched templates plus w_u everywhere, and kK(X, x') is
+        κ1(ρ') − c on the matched ones plus c everywhere, so every product of the two is a count.
+        """
+        contrast, contrast_right = self._contrast[left], self._contrast[right]
+        base, base_right = self._unmatched_weight[left], self._unmatched_weight[right]
+        excess, excess_right = self._kappa1_excess[left], self._kappa1_excess[right]
+        prior = kappa1(overlap / (left * right).clamp_min(1).to(overlap.dtype).sqrt())
+        # Grouped so that exchanging the two inputs gives the same bits.
+        weights = contrast * contrast_right * overlap + self.size * base * base_right
+        weights = weights + (left * contrast * base_right + right * contrast_right * base)
+        total, total_right = left * contrast + self.size * base, right * contrast_right + self.size * base_right
+        cross = contrast * excess_right * overlap + right * excess_right * base + ORTHOGONAL * total
+        cross_back = contrast_right * excess * overlap + left * excess * base_right + ORTHOGONAL * total_right
+        spread = (NNGP_DIAGONAL - ORTHOGONAL) * weights + ORTHOGONAL * total * total_right
+        covariance = (prior + spread - (cross + cross_back)) / self.size
+        # A single matched template is a training point, which every member interpolates; and a network
+        # without biases is constantly 0 at the zero input.
+        return covariance.where((left > 1) & (right > 1), 0.0)
+
+    def weights(
+        self, matched: Int[Tensor, " states"]
+    ) -> tuple[Float64[Tensor, " states"], Float64[Tensor, " states"]]:
+        """w_m and w_u: what each matched and each unmatched template that sets a bit adds to its mean.
+
+        Args:
+            matched: s, how many templates match each state, 0 … k.
+
+        Returns:
+            w_m and w_u (DESIGN §2); both 0 where s = 0.
+        """
+        unmatched_weight = self._unmatched_weight[matched]
+        return unmatched_weight + self._contrast[matched], unmatched_weight
+
+    def variance(self, matched: Int[Tensor, " states"]) -> Float64[Tensor, " states"]:
+        """The variance of one member's output, the same for every bit (DESIGN §2).
+
+        Args:
+            matched: s, how many templates match each state, 0 … k.
+
+        Returns:
+            The variance; exactly 0 where s is 0 or 1.
+        """
+        return self._variance[matched]
+
+    def mean(
+        self,
+        matched: Int[Tensor, " states"],
+        counts: Int[Tensor, "states bits"],
+        fan_in: Int[Tensor, " bits"],
+    ) -> Float64[Tensor, "states bits"]:
+        """w_m·C_j + w_u·(F_j − C_j) (DESIGN §2).
+
+        Args:
+            matched: s, how many templates match each state, 0 … k.
+            counts: C_j, how many of the matched templates set bit j.
+            fan_in: F_j, how many of all templates set bit j.
+
+        Returns:
+            The ensemble's mean output in the limit of infinitely many, infinitely wide members.
+        """
+        matched_weight, unmatched_weight = self.weights(matched)
+        return matched_weight[:, None] * counts + unmatched_weight[:, None] * (fan_in - counts)
+
+    def predict(self, matches: Bool[Tensor, "states templates"]) -> Gaussian:
+        """Mean and variance for states given by the templates that match them.
+
+        Args:
+            matches: as from `TemplateSet.matches`; any subsets of templates are accepted.
+
+        Returns:
+            One member's outputs; float64.
+        """
+        matched = matches.sum(1)
+        return Gaussian(self.mean(matched, self.templates.counts(matches), self.fan_in), self.variance(matched))
+
+    def covariance(self, matches: Bool[Tensor, "states templates"]) -> Float64[Tensor, "states states"]:
+        """The covariance of one member's outputs between states, the same for every bit.
+
+        Args:
+            matches: as from `TemplateSet.matches`; any subsets of templates are accepted.
+
+        Returns:
+            cov(x, x') of the module's docstring, symmetric to the bit, with `variance` on its diagonal and
+            zero rows where s is 0 or 1. Costs one product states × templates × states and about ten
+            states × states float64 matrices while it runs.
+        """
+        hot = matches.to(torch.float64)
+        matched = matches.sum(1)
+        covariance = self._covariance(matched[:, None], matched[None, :], hot @ hot.T)
+        covariance.diagonal().copy_(self.variance(matched))
+        return covariance
+
+
+def posterior(
+    inputs: Float64[Tensor, "templates features"],
+    labels: Float64[Tensor, "templates bits"],
+    test_inputs: Float64[Tensor, "inputs features"],
+) -> Posterior:
+    """Mean and covariance after training on any inputs, by Cholesky factorisation.
+
+    The oracle for `TemplatePredictor`, and the general case beside it (DESIGN §2, last sentence).
+
+    Args:
+        inputs: X, one training input a row; no zero and no parallel rows.
+        labels: Y, the target of each.
+        test_inputs: where to predict; zero rows are predicted 0 with variance 0.
+
+    Returns:
+        The module docstring's mean and covariance. Costs O(k³) time for k training inputs.
+
+    Raises:
+        ValueError: Θ(X, X) is singular (a zero row, parallel rows).
+    """
+    solution = torch.cholesky_solve(ntk(inputs, test_inputs), ntk_cholesky(inputs))
+    cross = solution.T @ nngp(inputs, test_inputs)
+    covariance = nngp(test_inputs, test_inputs) + solution.T @ nngp(inputs, inputs) @ solution - cross - cross.T
+    return Posterior(solution.T @ labels, covariance)
