@@ -53,7 +53,7 @@ class Addition(Task[tuple[int, int], int]):
         return structured_first(
             [*corners, *patterns, *powers],
             size=1 << 2 * self.bits,
-            every=lambda: itertools.product(range(full + 1), repeat=2),
+            every=lambda: itertools.product(range(full + 1), range(full + 1)),
             draw=lambda: self._draw(generator),
             generator=generator,
         )

@@ -53,7 +53,7 @@ class EvaluationSet:
         among ``executions``. There are fewer than ``count`` states if the inputs end, or repeat.
 
         Raises:
-            ValueError: ``count`` below 1.
+            ValueError: ``count`` below 1, or a task without inputs.
             RuntimeError: an execution's output is not the task's reference: its templates are wrong.
         """
         if count < 1:
@@ -67,22 +67,25 @@ class EvaluationSet:
             batch = _next_batch(task, inputs, count - len(states))
             if not batch:
                 break
-            for value, trajectory in _executions(task, batch):
+            for trajectory in _executions(task, batch):
                 known = len(states)
                 keys = [row.tobytes() for row in np.packbits(trajectory.numpy(), axis=1)]
                 for key, state in zip(keys, trajectory, strict=True):
                     if key not in index and len(states) < count:
                         index[key] = len(states)
                         states.append(state)
-                if all(key in index for key in keys):
+                if keys and all(key in index for key in keys):
                     # Equal starts have equal trajectories, as far as they go.
                     executions.setdefault((keys[0], len(keys)), torch.tensor([index[key] for key in keys]))
                 fruitless = 0 if len(states) > known else fruitless + 1
                 if len(states) == count:
                     break
+        if not states:
+            raise ValueError(f"task {task.name!r} gives no input to evaluate on")
         stacked = torch.stack(states)
-        matches = torch.cat([task.templates.matches(chunk) for chunk in stacked.split(_STATES_AT_ONCE)])
-        successors = torch.cat([task.templates.counts(chunk) > 0 for chunk in matches.split(_STATES_AT_ONCE)])
+        chunks = [slice(start, start + _STATES_AT_ONCE) for start in range(0, len(stacked), _STATES_AT_ONCE)]
+        matches = torch.cat([task.templates.matches(stacked[chunk]) for chunk in chunks])
+        successors = torch.cat([task.templates.counts(matches[chunk]) > 0 for chunk in chunks])
         return cls(stacked, matches, successors, tuple(executions.values()))
 
 
@@ -123,8 +126,8 @@ def _next_batch(task: Task[InputT, Any], inputs: Iterator[InputT], wanted: int) 
     return batch
 
 
-def _executions(task: Task[InputT, Any], values: list[InputT]) -> Iterator[tuple[InputT, Bool[Tensor, "_steps bits"]]]:
-    """Each input with its trajectory, its output compared with the task's reference."""
+def _executions(task: Task[InputT, Any], values: list[InputT]) -> Iterator[Bool[Tensor, "_steps bits"]]:
+    """Each input's trajectory, once its output has been compared with the task's reference."""
     starts = torch.stack([task.layout.pack(task.fields(value)) for value in values])
     visited, finals = trajectories(task.templates, starts, [task.micro_steps(value) for value in values])
     for value, trajectory, final in zip(values, visited, finals, strict=True):
@@ -134,4 +137,4 @@ def _executions(task: Task[InputT, Any], values: list[InputT]) -> Iterator[tuple
                 f"the templates of task {task.name!r} are wrong: from {value!r} they lead to {output!r}, "
                 f"the reference is {expected!r}"
             )
-        yield value, trajectory
+        yield trajectory

@@ -13,13 +13,26 @@ from ntk_ensembles.tasks.templates import Template
 
 
 class Multiplication(Task[tuple[int, int], int]):
-    """Multiplies two L-bit numbers: 11L bits, 19L − 4 templates, at most 2L² + L + 1 micro-steps.
+    """Multiplies two L-bit numbers: about 10L bits and 18L templates, at most L² + 4L micro-steps.
 
     The multiplicand stands in ``a`` and moves left, the multiplier in ``b`` and moves right. A
     ``check`` looks at b's lowest bit: if it is 1, a is copied into q, the adder of p and q (which
-    never stops) takes it up, and ``count`` waits until the carries have come to rest; then
-    ``shift`` moves a and b, and ``check`` comes again. A check that finds b = 0 sets nothing: the
-    machine rests, with the product in p.
+    never stops) takes it up, and ``count`` lets the carries run ahead; then ``shift`` moves a and b,
+    and ``check`` comes again. A check that finds b = 0 sets nothing: when the last carries have come
+    to rest nothing moves any more, and the product stands in p.
+
+    The counter has T bits, the least odd number from L on. That is enough, though carries may still
+    be running when the next addend is copied:
+
+    - As long as nothing is copied onto a bit of q that a carry sets at the same time,
+      p + q + 2·carry is the sum of the addends so far, and nothing is lost.
+    - Addends come T + 2 micro-steps apart, an odd number, and 2 more for each zero of b between
+      them. A carry returns to q every second micro-step. So an addend meets only carries of the
+      addends before the last.
+    - A carry rises by one bit each time. Between the s-th and the r-th addend, r ≥ s + 2, with shifts i_s and i_r,
+      lie (r − s)(T + 2) + 2(i_r − i_s − (r − s)) micro-steps, so that when r is copied the carries
+      of s stand at bit i_r + (r − s)T/2 or above, hence at i_r + L or above.
+    - But the sum of the addends before r is below 2^(i_r + L): no such carry is left.
 
     Args:
         bits: length L of each factor, 1 to 64.
@@ -40,10 +53,7 @@ class Multiplication(Task[tuple[int, int], int]):
             carry=2 * bits - 1,
             a=2 * bits,
             b=bits,
-            # Before the addend a·2^i arrives p is below 2^(i+L), so a carry crosses at most the L
-            # positions from i on, two micro-steps each. With 2L - 1 counts the next check finds no
-            # carry left; a bit of q left over then is used up in that same micro-step.
-            count=2 * bits - 1,
+            count=bits | 1,
             check=1,
             shift=1,
         )
@@ -100,7 +110,7 @@ class Multiplication(Task[tuple[int, int], int]):
         return structured_first(
             [*corners, *patterns, *longest_carry, *powers],
             size=1 << 2 * self.bits,
-            every=lambda: itertools.product(range(full + 1), repeat=2),
+            every=lambda: itertools.product(range(full + 1), range(full + 1)),
             draw=lambda: (random_operand(generator, self.bits), random_operand(generator, self.bits)),
             generator=generator,
         )
@@ -118,6 +128,10 @@ class Multiplication(Task[tuple[int, int], int]):
         return value[0] * value[1]
 
     def micro_steps(self, value: tuple[int, int]) -> int:
-        """2L² + L + 1, reached by a multiplier of ones: 2L + 1 for each of them and a last check."""
+        """(L − 1)(T + 2) + 2L + 2, reached by a multiplier of ones.
+
+        Its addends are in q after 1, T + 3, 2T + 5, … micro-steps. The carries of the last, from bit
+        L − 1 on, have used up bit 2L − 1 of q after another 2L + 1.
+        """
         del value
-        return self.bits * (2 * self.bits + 1) + 1
+        return (self.bits - 1) * (len(self.layout["count"]) + 2) + 2 * self.bits + 2

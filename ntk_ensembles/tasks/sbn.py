@@ -66,7 +66,7 @@ class SBN(Task[Program, MachineState]):
         self.address_bits = cells.bit_length() - 1
         if word < self.address_bits:
             raise ValueError(
-                f"--word {word}: words of {word} bits cannot address {cells} cells; expected at least {self.address_bits}"
+                f"--word {word}: a word must hold an address of {cells} cells; expected at least {self.address_bits}"
             )
         self.machine = Machine(cells, word, branch)
         self.cells = cells

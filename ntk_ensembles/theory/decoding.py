@@ -121,7 +121,8 @@ def bit_error_probability(
         ValueError: no members.
     """
     # erfc keeps the tail's relative accuracy, which 1 − Φ(z) loses beyond 8 standard deviations.
-    return torch.special.erfc(_scores(margins, variance, members) * 0.5**0.5) / 2
+    tails: Tensor = torch.special.erfc(_scores(margins, variance, members) * 0.5**0.5)
+    return tails / 2
 
 
 def log_exact_match_probability(
@@ -140,7 +141,8 @@ def log_exact_match_probability(
     Raises:
         ValueError: no members.
     """
-    return torch.special.log_ndtr(_scores(margins, variance, members)).sum(1)
+    logs: Tensor = torch.special.log_ndtr(_scores(margins, variance, members))
+    return logs.sum(1)
 
 
 def exact_match_probability(

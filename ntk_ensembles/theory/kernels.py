@@ -96,9 +96,7 @@ def _geometry(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scale, (total - difference) * (total + difference) / 4, total * difference / 2
 
 
-def nngp(
-    x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]
-) -> Float[Tensor, "left right"]:
+def nngp(x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]) -> Float[Tensor, "left right"]:
     """The NNGP kernel K(x, y) = |x||y|κ1(ρ)/k between all pairs of rows.
 
     Args:
@@ -113,9 +111,7 @@ def nngp(
     return scale * _kappas(cosine, sine)[1]
 
 
-def ntk(
-    x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]
-) -> Float[Tensor, "left right"]:
+def ntk(x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]) -> Float[Tensor, "left right"]:
     """The neural tangent kernel Θ(x, y) = |x||y|(κ1(ρ) + ρκ0(ρ))/k between all pairs of rows.
 
     Args:
@@ -144,6 +140,7 @@ def ntk_cholesky(inputs: Float64[Tensor, "templates features"]) -> Float64[Tenso
             earlier one (Θ is homogeneous in the norm, so scaling does not tell inputs apart).
     """
     kernel = ntk(inputs, inputs)
+    factor: Tensor
     factor, failed_at = torch.linalg.cholesky_ex(kernel)
     # A squared pivot is what the earlier rows leave unexplained of this one; below this share of the
     # diagonal it is rounding.

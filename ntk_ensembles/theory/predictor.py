@@ -101,9 +101,8 @@ class TemplatePredictor:
         base, base_right = self._unmatched_weight[left], self._unmatched_weight[right]
         excess, excess_right = self._kappa1_excess[left], self._kappa1_excess[right]
         prior = kappa1(overlap / (left * right).clamp_min(1).to(overlap.dtype).sqrt())
-        # Grouped so that exchanging the two inputs gives the same bits.
         weights = contrast * contrast_right * overlap + self.size * base * base_right
-        weights = weights + (left * contrast * base_right + right * contrast_right * base)
+        weights = weights + left * contrast * base_right + right * contrast_right * base
         total, total_right = left * contrast + self.size * base, right * contrast_right + self.size * base_right
         cross = contrast * excess_right * overlap + right * excess_right * base + ORTHOGONAL * total
         cross_back = contrast_right * excess * overlap + left * excess * base_right + ORTHOGONAL * total_right
@@ -113,9 +112,7 @@ class TemplatePredictor:
         # without biases is constantly 0 at the zero input.
         return covariance.where((left > 1) & (right > 1), 0.0)
 
-    def weights(
-        self, matched: Int[Tensor, " states"]
-    ) -> tuple[Float64[Tensor, " states"], Float64[Tensor, " states"]]:
+    def weights(self, matched: Int[Tensor, " states"]) -> tuple[Float64[Tensor, " states"], Float64[Tensor, " states"]]:
         """w_m and w_u: what each matched and each unmatched template that sets a bit adds to its mean.
 
         Args:
@@ -184,7 +181,8 @@ class TemplatePredictor:
         matched = matches.sum(1)
         covariance = self._covariance(matched[:, None], matched[None, :], hot @ hot.T)
         covariance.diagonal().copy_(self.variance(matched))
-        return covariance
+        # Exchanging the inputs changes the order of rounding.
+        return (covariance + covariance.T) / 2
 
 
 def posterior(

@@ -1,0 +1,26 @@
+"""Training runs: the Lightning module, metrics, convergence to theory, and what a run leaves.
+
+`module` streams cohorts through Lightning, `metrics` and `convergence` measure them, `recorder` writes the
+run directory, `run` puts a run together.
+"""
+
+from ntk_ensembles.training.convergence import ConvergenceRow, Theory, convergence, ensemble_sizes
+from ntk_ensembles.training.metrics import BitAccuracy, ExactMatch, ExecutionMatch, MemberDeviations, RMSDeviation
+from ntk_ensembles.training.module import EnsembleModule, MembersDataModule
+from ntk_ensembles.training.run import RunOptions, train
+
+__all__ = [
+    "BitAccuracy",
+    "ConvergenceRow",
+    "EnsembleModule",
+    "ExactMatch",
+    "ExecutionMatch",
+    "MemberDeviations",
+    "MembersDataModule",
+    "RMSDeviation",
+    "RunOptions",
+    "Theory",
+    "convergence",
+    "ensemble_sizes",
+    "train",
+]

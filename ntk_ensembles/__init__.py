@@ -1,0 +1,33 @@
+"""Exact algorithms from ensembles of wide two-layer networks, beside their NTK limit.
+
+Implements and extends Back de Luca, Giapitzakis, Fountoulakis, "Learning to Add, Multiply, and Execute
+Algorithmic Instructions Exactly with Neural Networks" (arXiv:2502.16763).
+
+`tasks` give templates, templates are the training set, `theory` gives the mean and variance of what is
+learned, `ensemble` trains members that approach them, `training` runs and measures whole ensembles.
+"""
+
+from ntk_ensembles.ensemble import Cohort, Recipe, TwoLayerMLP, train_cohort
+from ntk_ensembles.tasks import SBN, TASKS, Addition, EvaluationSet, Multiplication, Permutation, Task
+from ntk_ensembles.theory import TemplatePredictor
+from ntk_ensembles.training import EnsembleModule, RunOptions, Theory, convergence, train
+
+__all__ = [
+    "SBN",
+    "TASKS",
+    "Addition",
+    "Cohort",
+    "EnsembleModule",
+    "EvaluationSet",
+    "Multiplication",
+    "Permutation",
+    "Recipe",
+    "RunOptions",
+    "Task",
+    "TemplatePredictor",
+    "Theory",
+    "TwoLayerMLP",
+    "convergence",
+    "train",
+    "train_cohort",
+]

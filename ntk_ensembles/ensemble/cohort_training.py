@@ -1,0 +1,214 @@
+"""One cohort from its draw to its predictions: draw, train, evaluate, each spread over the device."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar, get_args
+
+import psutil
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ntk_ensembles.ensemble.descent import DescentOptions, Loss, MemberStatus, descend
+from ntk_ensembles.ensemble.functional import FunctionalModel
+from ntk_ensembles.ensemble.identity import IdentityModel
+from ntk_ensembles.ensemble.network import Cohort, Init, block_shape
+from ntk_ensembles.theory.kernels import InverseKernel
+
+Engine = Literal["identity", "functional"]
+"""``identity``: the fast path for X = I_k. ``functional``: `torch.func` on the same inputs, as a check."""
+
+Precision = Literal["32-true", "bf16-mixed", "64-true"]
+"""Lightning's names. ``bf16-mixed``: weights, outputs and residuals in float32, gradients in bfloat16."""
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+COHORT_MAX = 64
+"""More members at once bring nothing, and delay the first result."""
+
+_MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.7}
+_MEMORY_CAP_CPU = 2 << 30
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a member's training depends on, apart from its index.
+
+    Attributes:
+        labels: Y, the output bits of each template (X is the identity).
+        width: n, the number of hidden units.
+        init: how weights are drawn.
+        loss: what is minimised.
+        seed: the run's seed.
+        precision: of the arithmetic.
+        engine: which implementation.
+        descent: when training stops.
+    """
+
+    labels: Float[Tensor, "templates bits"]
+    width: int
+    init: Init = "gaussian"
+    loss: Loss = "whitened"
+    seed: int = 0
+    precision: Precision = "32-true"
+    engine: Engine = "identity"
+    descent: DescentOptions = field(default_factory=DescentOptions)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, outputs and residuals."""
+        return torch.float64 if self.precision == "64-true" else torch.float32
+
+    @property
+    def member_bytes(self) -> int:
+        """The memory that one member takes while it is trained."""
+        blocks, units = block_shape(self.width)
+        templates, bits = self.labels.shape
+        weights = (templates + bits) * blocks * units
+        # Gradients and hidden units of vmap, or two buffers of a block; and six steps of outputs, thrice.
+        working = 2 * weights if self.engine == "functional" else 3 * templates * units
+        return (weights + working + 20 * templates * bits) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedCohort:
+    """What is left of a cohort when its weights are dropped."""
+
+    indices: tuple[int, ...]
+    statuses: list[MemberStatus]
+    predictions: Float[Tensor, "members states bits"]
+    seconds: dict[str, float]
+    """Wall time of the phases ``init``, ``train`` and ``evaluate``."""
+
+
+def train_cohort(
+    recipe: Recipe,
+    indices: Sequence[int],
+    inputs: Float[Tensor, "states templates"],
+    device: torch.device,
+    on_step: Callable[[int], None] | None = None,
+) -> TrainedCohort:
+    """Draw the members, train them, and predict at the evaluation inputs.
+
+    On a CPU the fast engine gives each core members of its own and computes each on one thread: the
+    numbers of a member then depend neither on the cohort nor on how many cores there are.
+
+    Args:
+        recipe: how members are made.
+        indices: which members.
+        inputs: encoded evaluation states.
+        device: where to compute.
+        on_step: called after each step with its number, where the cohort is trained as one.
+    """
+    templates, bits = recipe.labels.shape
+    cohort = Cohort.allocate(
+        recipe.seed,
+        indices,
+        recipe.init,
+        width=recipe.width,
+        templates=templates,
+        bits=bits,
+        device=device,
+        dtype=recipe.dtype,
+    )
+    labels = recipe.labels.T.to(device, recipe.dtype)
+    inputs = inputs.to(device, recipe.dtype)
+    low_precision = recipe.precision == "bf16-mixed"
+    inverse_kernel = InverseKernel.identity(templates)
+
+    def train(part: Cohort) -> tuple[list[MemberStatus], IdentityModel | FunctionalModel]:
+        model: IdentityModel | FunctionalModel
+        if recipe.engine == "identity":
+            model = IdentityModel(part, low_precision=low_precision)
+        else:
+            eye = torch.eye(templates, device=device, dtype=recipe.dtype)
+            model = FunctionalModel(part, eye, low_precision=low_precision)
+        return descend(model, labels, recipe.loss, inverse_kernel, recipe.descent, on_step), model
+
+    by_member = device.type == "cpu" and recipe.engine == "identity"
+    parts = [cohort.member(position) for position in range(len(indices))] if by_member else [cohort]
+    seconds: dict[str, float] = {}
+
+    def phase(name: str, work: Callable[[T], object], over: Sequence[T], pool: ThreadPoolExecutor) -> list[object]:
+        started_at = time.perf_counter()
+        # Threads do not inherit inference mode or no_grad; nothing here needs autograd but vjp, which has its own.
+        results = list(pool.map(torch.no_grad()(work), over))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds[name] = time.perf_counter() - started_at
+        return results
+
+    with _workers(by_member) as pool:
+        phase("init", lambda member: cohort.member(member).draw(), range(len(indices)), pool)
+        trained: list[tuple[list[MemberStatus], IdentityModel | FunctionalModel]]
+        trained = phase("train", train, parts, pool)  # type: ignore[assignment]
+        predicted: list[Tensor]
+        predicted = phase("evaluate", lambda pair: pair[1].predict(inputs), trained, pool)  # type: ignore[assignment]
+    statuses = [status for part, _ in trained for status in part]
+    return TrainedCohort(tuple(indices), statuses, torch.cat(predicted), seconds)
+
+
+def _workers(by_member: bool) -> ThreadPoolExecutor:
+    if by_member:
+        return ThreadPoolExecutor(cpu_workers(), initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(1)
+
+
+def cpu_workers() -> int:
+    """How many members are trained at the same time on a CPU: the cores this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, torch.get_num_threads()))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a cohort could take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def choose_cohort(recipe: Recipe, states: int, members: int, device: torch.device, wanted: int | None = None) -> int:
+    """How many members to hold at once.
+
+    Args:
+        recipe: how members are made.
+        states: the number of evaluation states.
+        members: how many there are to train.
+        device: where.
+        wanted: the user's choice, None to choose from the memory that is free.
+
+    Raises:
+        ValueError: not even one member fits, or not as many as ``wanted``.
+    """
+    each = recipe.member_bytes + states * recipe.labels.shape[1] * (recipe.dtype.itemsize + 8)
+    free = free_memory(device)
+    fit = free // each
+    if fit < 1:
+        raise ValueError(
+            f"--width {recipe.width}: one member needs {each / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on "
+            f"{device}; expected a smaller width"
+        )
+    if wanted is not None:
+        if wanted < 1:
+            raise ValueError(f"--cohort {wanted}: expected an integer of at least 1")
+        if wanted > fit:
+            raise ValueError(
+                f"--cohort {wanted}: needs {wanted * each / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free on "
+                f"{device}; expected at most {fit}"
+            )
+        return min(wanted, members)
+    budget = int(free * _MEMORY_SHARE.get(device.type, 0.25))
+    workers = 1
+    if device.type == "cpu":
+        budget, workers = min(budget, _MEMORY_CAP_CPU), cpu_workers()
+    size = min(max(budget // each, 1), COHORT_MAX)
+    # Whole rounds, so that no core waits; but never more than fit.
+    size = max(size // workers * workers, min(workers, fit))
+    return int(min(size, members))
