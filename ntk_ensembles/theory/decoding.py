@@ -225,9 +225,12 @@ def exact_match_band(
         chosen = torch.randperm(len(matches), generator=generator)[:states_max]
         matches, successors, distances = matches[chosen], successors[chosen], distances[chosen]
 
-    eigenvalues, eigenvectors = torch.linalg.eigh(predictor.covariance(matches))
-    # Repeated or dependent states make the covariance singular, and rounding then gives negative eigenvalues.
-    root = (eigenvectors * eigenvalues.clamp_min(0).sqrt()).to(torch.float32)
+    covariance = predictor.covariance(matches)
+    # Repeated or dependent states make it singular; a jitter far below the draws' rounding mends that.
+    jitter = 1e-9 * covariance.diagonal().max().clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
+    root = torch.linalg.cholesky(covariance + jitter * torch.eye(len(matches), dtype=covariance.dtype)).to(
+        torch.float32
+    )
     fixed = predictor.variance(matches.sum(1)) == 0
     # The square root leaves rounding where nothing varies.
     root[fixed] = 0

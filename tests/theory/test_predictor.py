@@ -40,7 +40,8 @@ def random_case(seed: int, templates: int, bits: int, states: int) -> tuple[Temp
     return template_set(labels), matches
 
 
-cases = st.builds(random_case, st.integers(0, 2**31), st.integers(1, 25), st.integers(1, 8), st.integers(2, 12))
+# Built in the tests' bodies: run-time type checks draw random numbers, which strategies must not.
+cases = st.tuples(st.integers(0, 2**31), st.integers(1, 25), st.integers(1, 8), st.integers(2, 12))
 
 
 @pytest.mark.parametrize(
@@ -106,9 +107,9 @@ def test_degenerate_states() -> None:
 
 @given(cases)
 @settings(max_examples=60, deadline=None)
-def test_closed_form_is_the_cholesky_posterior(case: tuple[TemplateSet, Tensor]) -> None:
+def test_closed_form_is_the_cholesky_posterior(case: tuple[int, int, int, int]) -> None:
     """Mean, variance and the whole covariance, on the encodings themselves."""
-    templates, matches = case
+    templates, matches = random_case(*case)
     predictor = TemplatePredictor(templates)
     size, bits = templates.labels.shape
     oracle = posterior(torch.eye(size, dtype=torch.float64), templates.labels.double(), templates.encode(matches))
@@ -138,9 +139,9 @@ def kernels_from_definition(x: Array, y: Array) -> tuple[Array, Array]:
 
 @given(cases)
 @settings(max_examples=30, deadline=None)
-def test_closed_form_is_gradient_flow_from_definition(case: tuple[TemplateSet, Tensor]) -> None:
+def test_closed_form_is_gradient_flow_from_definition(case: tuple[int, int, int, int]) -> None:
     """f∞(x) = f0(x) − Θ(x, X)Θ⁻¹(f0(X) − Y) for Gaussian f0 of kernel K: its moments, written out in numpy."""
-    templates, matches = case
+    templates, matches = random_case(*case)
     x_train = np.eye(len(templates))
     hot = matches.numpy().astype(np.float64)
     x_test = hot / np.sqrt(np.maximum(hot.sum(1, keepdims=True), 1))
@@ -160,9 +161,9 @@ def test_closed_form_is_gradient_flow_from_definition(case: tuple[TemplateSet, T
 
 @given(cases, st.integers(1, 30))
 @settings(max_examples=20, deadline=None)
-def test_padding_is_silent_templates(case: tuple[TemplateSet, Tensor], padding: int) -> None:
+def test_padding_is_silent_templates(case: tuple[int, int, int, int], padding: int) -> None:
     """The same numbers as templates without outputs that never match."""
-    templates, matches = case
+    templates, matches = random_case(*case)
     silent = torch.zeros(padding, templates.labels.shape[1], dtype=torch.bool)
     extended = TemplatePredictor(template_set(torch.cat([templates.labels, silent])))
     padded = TemplatePredictor(templates, padding=padding)
