@@ -29,9 +29,9 @@ class Multiplication(Task[tuple[int, int], int]):
     - Addends come T + 2 micro-steps apart, an odd number, and 2 more for each zero of b between
       them. A carry returns to q every second micro-step. So an addend meets only carries of the
       addends before the last.
-    - A carry rises by one bit each time. Between the s-th and the r-th addend, r ≥ s + 2, with shifts i_s and i_r,
-      lie (r − s)(T + 2) + 2(i_r − i_s − (r − s)) micro-steps, so that when r is copied the carries
-      of s stand at bit i_r + (r − s)T/2 or above, hence at i_r + L or above.
+    - A carry rises by one bit each time. Between the s-th and the r-th addend, r ≥ s + 2, with
+      shifts i_s and i_r, lie (r − s)(T + 2) + 2(i_r − i_s − (r − s)) micro-steps, so that when r is
+      copied the carries of s stand at bit i_r + (r − s)T/2 or above, hence at i_r + L or above.
     - But the sum of the addends before r is below 2^(i_r + L): no such carry is left.
 
     Args:

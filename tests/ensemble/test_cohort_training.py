@@ -1,0 +1,58 @@
+"""Cohorts: independent of their size, and sized by the memory there is."""
+
+import pytest
+import torch
+
+from ntk_ensembles.ensemble import Engine, Recipe, choose_cohort, train_cohort
+from ntk_ensembles.tasks import Addition, EvaluationSet
+from ntk_ensembles.training import Theory
+
+CPU = torch.device("cpu")
+TASK = Addition(3)
+THEORY = Theory(TASK, EvaluationSet.sample(TASK, 200, 0))
+
+
+def recipe(width: int = 1100, engine: Engine = "identity") -> Recipe:
+    return Recipe(TASK.templates.labels.float(), width, seed=5, engine=engine)
+
+
+def test_predictions_are_the_same_to_the_bit_in_every_cohort() -> None:
+    together = train_cohort(recipe(), range(5), THEORY.inputs, CPU)
+    threads = torch.get_num_threads()
+    for indices in ([3], [4, 3], [0, 1, 3]):
+        alone = train_cohort(recipe(), indices, THEORY.inputs, CPU)
+        assert torch.equal(alone.predictions[indices.index(3)], together.predictions[3])
+        assert alone.statuses[indices.index(3)] == together.statuses[3]
+    assert torch.get_num_threads() == threads
+
+
+def test_engines_agree_to_rounding() -> None:
+    fast = train_cohort(recipe(), range(3), THEORY.inputs, CPU)
+    general = train_cohort(recipe(engine="functional"), range(3), THEORY.inputs, CPU)
+    # float32 sums of about a thousand terms, through four steps.
+    torch.testing.assert_close(fast.predictions, general.predictions, rtol=0, atol=2e-5)
+
+
+def test_the_cohort_is_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    each = recipe(1 << 16).member_bytes
+    monkeypatch.setattr("ntk_ensembles.ensemble.cohort_training.free_memory", lambda device: 100 * each)
+    assert 1 <= choose_cohort(recipe(1 << 16), 1, 512, CPU) <= 64
+    assert choose_cohort(recipe(1 << 16), 1, 3, CPU) <= 3
+    assert choose_cohort(recipe(1 << 16), 1, 512, CPU, wanted=7) == 7
+    with pytest.raises(ValueError, match=r"--cohort 400: needs .* GiB .*; expected at most \d+"):
+        choose_cohort(recipe(1 << 16), 1, 512, CPU, wanted=400)
+    monkeypatch.setattr("ntk_ensembles.ensemble.cohort_training.free_memory", lambda device: each // 2)
+    with pytest.raises(ValueError, match="--width 65536: one member needs"):
+        choose_cohort(recipe(1 << 16), 1, 512, CPU)
+
+
+def test_trained_members_have_the_theorys_mean_and_variance() -> None:
+    """64 wide members: deviations from the NTK mean have the predicted size, and average out."""
+    cohort = train_cohort(recipe(8192), range(64), THEORY.inputs, CPU)
+    deviations = cohort.predictions.double() - THEORY.mean
+    varying = THEORY.variance > 0
+    scores = deviations[:, varying] / THEORY.variance[varying].sqrt()[:, None]
+    # States are correlated, so the standard error is that of about 9 bits × a few independent directions,
+    # 64 members each; the finite width adds about 2%.
+    assert scores.square().mean().sqrt() == pytest.approx(1, abs=0.06)
+    assert scores.mean(0).square().mean().sqrt() == pytest.approx(1 / 8, abs=0.04)
