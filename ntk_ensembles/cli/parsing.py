@@ -28,12 +28,9 @@ class OneLineParser(ArgumentParser):
     def use_dashes(self) -> None:
         """Show flags with dashes, and go on accepting underscores."""
         for action in self._actions:
-            for option in list(action.option_strings):
-                dashed = option.replace("_", "-")
-                if dashed != option:
-                    action.option_strings.insert(0, dashed)
-                    self._option_string_actions[dashed] = action
-            action.option_strings = [o for o in action.option_strings if "_" not in o] or action.option_strings
+            dashed = [option.replace("_", "-") for option in action.option_strings]
+            self._option_string_actions.update(dict.fromkeys(dashed, action))
+            action.option_strings = dashed
 
 
 def parse_run(arguments: Sequence[str], prog: str) -> tuple[Task[Any, Any], RunOptions, str]:
@@ -66,10 +63,12 @@ def _parser(prog: str, task: str | None) -> OneLineParser:
         prog=prog,
         description="Train an ensemble of wide two-layer networks on a task's templates and measure it against the "
         "NTK prediction. Options can stand in YAML files too; flags go over them.",
-        epilog=None if task else f"Each task has options of its own: {prog} --task NAME --help shows them. "
+        epilog=None
+        if task
+        else f"Each task has options of its own: {prog} --task NAME --help shows them. "
         f"The quickest look: {prog} --task addition",
     )
-    parser.add_argument("--config", action="config", help="A YAML file with options by their names, such as configs/*.yaml.")
+    parser.add_argument("--config", action="config", help="A YAML file of options by name, such as configs/*.yaml.")
     parser.add_argument("--task", choices=list(TASKS), required=True, help="What to learn.")
     if task is not None:
         parser.add_class_arguments(TASKS[task], None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -63,6 +63,7 @@ class MemberStatus:
     """The mean squared training error before each step, and after the last."""
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """A cohort and its training inputs, as `descend` sees them: a function of cotangents."""
 
@@ -140,9 +141,7 @@ def descend(
             on_step(max(statuses[i].steps for i in running) + 1)
 
 
-def _observe(
-    residuals: Tensor, statuses: list[MemberStatus], running: set[int], options: DescentOptions
-) -> list[int]:
+def _observe(residuals: Tensor, statuses: list[MemberStatus], running: set[int], options: DescentOptions) -> list[int]:
     """Write the losses of the running members into their statuses and take out those that stop.
 
     Returns:

@@ -53,7 +53,7 @@ class FunctionalModel:
         """Change every member's weights by −Jᵀ·cotangent and return the new outputs."""
 
         def pull(weights: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
-            _, pullback = vjp(lambda w: self._call(w, self._inputs), weights)
+            pullback = vjp(lambda w: self._call(w, self._inputs), weights)[1]
             (gradients,) = pullback(cotangent)
             return {name: weights[name] - gradients[name] for name in weights}
 
@@ -73,6 +73,6 @@ class FunctionalModel:
     def predict(self, inputs: Float[Tensor, "inputs features"]) -> Float[Tensor, "members inputs bits"]:
         """f(x) of every member at any inputs."""
         parts = [
-            vmap(self._call, in_dims=(0, None))(self.weights, part) for part in inputs.split(_STATES_AT_ONCE)
+            vmap(self._call, in_dims=(0, None))(self.weights, part) for part in torch.split(inputs, _STATES_AT_ONCE)
         ]
         return torch.cat(parts, 1)

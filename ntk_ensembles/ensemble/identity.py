@@ -80,7 +80,7 @@ class IdentityModel:
 
     def predict(self, inputs: Float[Tensor, "inputs templates"]) -> Float[Tensor, "members inputs bits"]:
         """f(x) of every member at sparse inputs, such as encoded states."""
-        return torch.cat([self._predict(part) for part in inputs.split(_STATES_AT_ONCE)], 1)
+        return torch.cat([self._predict(part) for part in torch.split(inputs, _STATES_AT_ONCE)], 1)
 
     def _predict(self, inputs: Tensor) -> Tensor:
         cohort = self._cohort

@@ -124,9 +124,7 @@ class Cohort:
     def member(self, position: int) -> Cohort:
         """A cohort of one member, sharing its weights."""
         part = slice(position, position + 1)
-        return Cohort(
-            self.seed, self.indices[part], self.init, self.width, self.hidden[part], self.readout[part]
-        )
+        return Cohort(self.seed, self.indices[part], self.init, self.width, self.hidden[part], self.readout[part])
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the weights as `TwoLayerMLP` names them, each with the members' axis in front."""
@@ -176,6 +174,6 @@ def _draw_units(hidden: Tensor, readout: Tensor, units: range, generator: torch.
 
 def _mirror(weights: Tensor, half: int, sign: int) -> None:
     """Copy units 0…half−1 of one member to half…2·half−1, times ``sign``."""
-    flat = weights.permute(0, 2, 1).reshape(-1, weights.shape[1])
+    flat = weights.permute(0, 2, 1).reshape(-1, weights.shape[1]).clone()
     flat[half : 2 * half] = sign * flat[:half]
     weights.copy_(flat.view(weights.shape[0], weights.shape[2], weights.shape[1]).permute(0, 2, 1))

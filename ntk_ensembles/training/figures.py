@@ -14,9 +14,7 @@ from ntk_ensembles.training.convergence import ConvergenceRow
 _COLOURS: dict[Decoder, str] = {"midpoint": "#0072B2", "sign": "#D55E00"}
 
 
-def convergence_figure(
-    rows: Sequence[ConvergenceRow], bands: dict[Decoder, ExactMatchBand], title: str
-) -> Figure:
+def convergence_figure(rows: Sequence[ConvergenceRow], bands: dict[Decoder, ExactMatchBand], title: str) -> Figure:
     """Exact match and deviation against the number of members, measured over theory.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -110,17 +109,15 @@ class MemberDeviations(Metric):
         self.add_state("indices", [], dist_reduce_fx="cat")
         self.add_state("deviations", [], dist_reduce_fx="cat")
 
-    def update(
-        self, indices: Int[Tensor, " members"], deviations: Float[Tensor, "members states bits"]
-    ) -> None:
+    def update(self, indices: Int[Tensor, " members"], deviations: Float[Tensor, "members states bits"]) -> None:
         """Add members in any order, each once."""
         self.indices.append(indices.cpu())
         self.deviations.append(deviations.to(torch.float16).cpu())
 
     def compute(self) -> tuple[Int[Tensor, " members"], Float[Tensor, "members states bits"]]:
         """Indices and deviations of all members, sorted by index."""
-        indices = cast(Tensor, dim_zero_cat(self.indices))
-        deviations = cast(Tensor, dim_zero_cat(self.deviations))
+        indices = dim_zero_cat(self.indices)
+        deviations = dim_zero_cat(self.deviations)
         order = indices.argsort()
         if torch.equal(order, torch.arange(len(order))):
             return indices, deviations

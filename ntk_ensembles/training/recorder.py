@@ -126,27 +126,24 @@ class RunRecorder(Callback):
     def _chart(self, rows: list[ConvergenceRow], logger: TensorBoardLogger) -> None:
         """Measured and predicted values under one tag, from one writer each, so that they share a chart."""
         for decoder in DECODERS:
-            charts = {
-                "measured": lambda row, d=decoder: (row.exact_match[d], row.bit_accuracy[d], row.rms_deviation),
-                "predicted": lambda row, d=decoder: (
-                    row.predicted_exact_match[d],
-                    row.predicted_bit_accuracy[d],
-                    row.predicted_rms_deviation,
-                ),
+            series = {
+                "measured": [(row.exact_match, row.bit_accuracy, row.rms_deviation) for row in rows],
+                "predicted": [
+                    (row.predicted_exact_match, row.predicted_bit_accuracy, row.predicted_rms_deviation) for row in rows
+                ],
             }
-            for kind, values in charts.items():
-                with SummaryWriter(str(Path(logger.log_dir) / f"{kind} ({decoder})")) as writer:
-                    for row in rows:
-                        exact, bits, rms = values(row)
-                        writer.add_scalar("members/exact_match", exact, row.members)
-                        writer.add_scalar("members/bit_accuracy", bits, row.members)
-                        # Of the outputs, before any decoder: one pair of lines is all of it.
-                        if decoder == DECODERS[0]:
-                            writer.add_scalar("members/rms_deviation", rms, row.members)
-        writer = logger.experiment
+            for kind, values in series.items():
+                writer: Any = SummaryWriter(str(Path(logger.log_dir) / f"{kind} ({decoder})"))
+                for row, (exact, bits, deviation) in zip(rows, values, strict=True):
+                    writer.add_scalar("members/exact_match", exact[decoder], row.members)
+                    writer.add_scalar("members/bit_accuracy", bits[decoder], row.members)
+                    # Of the outputs, before any decoder: one pair of lines is all of it.
+                    if decoder == DECODERS[0]:
+                        writer.add_scalar("members/rms_deviation", deviation, row.members)
+                writer.close()
         for step, losses in enumerate(_losses_by_step(list(self.statuses.values()))):
-            writer.add_scalar("training/relative_loss_mean", sum(losses) / len(losses), step)
-            writer.add_scalar("training/relative_loss_max", max(losses), step)
+            logger.experiment.add_scalar("training/relative_loss_mean", sum(losses) / len(losses), step)
+            logger.experiment.add_scalar("training/relative_loss_max", max(losses), step)
 
     def _summary(self, module: EnsembleModule, rows: list[ConvergenceRow]) -> dict[str, Any]:
         statuses = self.statuses.values()

@@ -35,7 +35,7 @@ def report(results: dict[str, Any], directory: Path, console: Console) -> None:
         console.print(table)
         exact = next((row["members"] for row in rows if row["exact_match"]["midpoint"] == 1), None)
         if exact:
-            console.print(f"[bold]All states exact by midpoint from N = {exact} members on[/bold] (every group of them).")
+            console.print(f"[bold]All states exact by midpoint from N = {exact} on[/bold], in every group of members.")
     training = results["training"]
     failed = training["not_converged"]
     if failed:
@@ -48,8 +48,9 @@ def report(results: dict[str, Any], directory: Path, console: Console) -> None:
     seconds = training["seconds"]
     phases = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("init", "train", "evaluate", "total"))
     loss = training["relative_loss_max"]
+    worst = "not finite" if loss is None else f"{loss:.1e}"
     console.print(
-        f"{training['steps_max']} steps at most, relative loss at most {'not finite' if loss is None else f'{loss:.1e}'}; "
+        f"{training['steps_max']} steps at most, relative loss at most {worst}; "
         f"{phases}; peak memory {training['peak_memory_bytes'] / 2**30:.2f} GiB.",
         highlight=False,
     )

@@ -218,6 +218,8 @@ def _quiet_lightning() -> Iterator[None]:
             r".*does not have many workers.*",
             r".*smaller than the logging interval.*",
             r".*GPU available but not used.*",
+            # Lightning 2.6 on torch 2.13; its own to mend.
+            r".*isinstance.treespec, LeafSpec.*",
         ):
             warnings.filterwarnings("ignore", message=message)
         try:

@@ -161,9 +161,7 @@ def test_general_training_inputs() -> None:
     generator = torch.Generator().manual_seed(4)
     inputs = torch.randn(12, 20, dtype=torch.float64, generator=generator)
     test_inputs = torch.randn(6, 20, dtype=torch.float64, generator=generator)
-    cohort = Cohort.allocate(
-        1, range(6), "antisymmetric", width=8192, templates=20, bits=4, dtype=torch.float64
-    ).draw()
+    cohort = Cohort.allocate(1, range(6), "antisymmetric", width=8192, templates=20, bits=4, dtype=torch.float64).draw()
     model = FunctionalModel(cohort, inputs)
     statuses = descend(model, LABELS, "whitened", InverseKernel.of(inputs), DescentOptions(1e-12))
     assert all(status.converged for status in statuses)

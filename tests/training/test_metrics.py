@@ -128,4 +128,6 @@ def test_rows_match_theory_where_deviations_are_drawn_from_it() -> None:
         assert spread is not None
         error = spread / math.sqrt(400 // row.members)
         # Four standard errors of the mean over groups.
-        assert row.exact_match["midpoint"] == pytest.approx(row.predicted_exact_match["midpoint"], abs=4 * error + 1e-12)
+        assert row.exact_match["midpoint"] == pytest.approx(
+            row.predicted_exact_match["midpoint"], abs=4 * error + 1e-12
+        )
