@@ -74,6 +74,8 @@ def _parser(prog: str, task: str | None) -> OneLineParser:
         parser.add_class_arguments(TASKS[task], None)
     parser.add_class_arguments(RunOptions, None)
     parser.use_dashes()
+    # An abbreviation that works today is another option's tomorrow.
+    parser.allow_abbrev = False
     return parser
 
 

@@ -93,7 +93,6 @@ def train_cohort(
     indices: Sequence[int],
     inputs: Float[Tensor, "states templates"],
     device: torch.device,
-    on_step: Callable[[int], None] | None = None,
 ) -> TrainedCohort:
     """Draw the members, train them, and predict at the evaluation inputs.
 
@@ -105,7 +104,6 @@ def train_cohort(
         indices: which members.
         inputs: encoded evaluation states.
         device: where to compute.
-        on_step: called after each step with its number, where the cohort is trained as one.
     """
     templates, bits = recipe.labels.shape
     cohort = Cohort.allocate(
@@ -130,7 +128,7 @@ def train_cohort(
         else:
             eye = torch.eye(templates, device=device, dtype=recipe.dtype)
             model = FunctionalModel(part, eye, low_precision=low_precision)
-        return descend(model, labels, recipe.loss, inverse_kernel, recipe.descent, on_step), model
+        return descend(model, labels, recipe.loss, inverse_kernel, recipe.descent), model
 
     by_member = device.type == "cpu" and recipe.engine == "identity"
     parts = [cohort.member(position) for position in range(len(indices))] if by_member else [cohort]

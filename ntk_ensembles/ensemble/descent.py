@@ -86,7 +86,6 @@ def descend(
     loss: Loss,
     inverse_kernel: InverseKernel,
     options: DescentOptions | None = None,
-    on_step: Callable[[int], None] | None = None,
 ) -> list[MemberStatus]:
     """Train all members of a cohort to the labels.
 
@@ -99,7 +98,6 @@ def descend(
         loss: which gradient.
         inverse_kernel: Θ(X, X)⁻¹ of the training inputs.
         options: when to stop.
-        on_step: called with the number of steps taken after each.
 
     Returns:
         A status for each member. Non-convergence is a status, not an error.
@@ -137,8 +135,6 @@ def descend(
         changes = outputs - labels - residuals
         changes[stopped] = 0
         history.record(cotangents, changes)
-        if on_step is not None:
-            on_step(max(statuses[i].steps for i in running) + 1)
 
 
 def _observe(residuals: Tensor, statuses: list[MemberStatus], running: set[int], options: DescentOptions) -> list[int]:

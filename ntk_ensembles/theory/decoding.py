@@ -210,8 +210,9 @@ def exact_match_band(
             states³ time, and each draw states²·bits.
 
     Returns:
-        The exact mean over all states, and quantiles over the draws. Deviations are drawn in float32: their
-        rounding, 1e-7 of σ, moves a rate only for margins that close to the deviation.
+        The exact mean over all states, and quantiles over the draws. Deviations are drawn in float32, from
+        a covariance with a little jitter: 3e-5 of the largest σ in all, which matters only to margins that
+        close to the deviation.
 
     Raises:
         ValueError: no states, draws or members, or an unknown decoder.
@@ -226,7 +227,7 @@ def exact_match_band(
         matches, successors, distances = matches[chosen], successors[chosen], distances[chosen]
 
     covariance = predictor.covariance(matches)
-    # Repeated or dependent states make it singular; a jitter far below the draws' rounding mends that.
+    # Repeated or dependent states make it singular; a jitter of √1e-9 of the largest σ mends that.
     jitter = 1e-9 * covariance.diagonal().max().clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
     root = torch.linalg.cholesky(covariance + jitter * torch.eye(len(matches), dtype=covariance.dtype)).to(
         torch.float32

@@ -50,8 +50,7 @@ class Theory:
     @cached_property
     def inputs(self) -> Float64[Tensor, "states templates"]:
         """The encoded evaluation states."""
-        hot = self.evaluation.matches.to(torch.float64)
-        return hot / hot.sum(1, keepdim=True).clamp_min(1).sqrt()
+        return self.predictor.templates.encode(self.evaluation.matches)
 
     def decode(self, deviation: Float[Tensor, "states bits"], decoder: Decoder) -> Bool[Tensor, "states bits"]:
         """The bits of an ensemble whose mean deviates so much from the NTK mean."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Int
 from lightning import LightningDataModule, LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ntk_ensembles.ensemble import Recipe, TrainedCohort, train_cohort
 from ntk_ensembles.training.convergence import Theory
@@ -51,20 +49,6 @@ class EnsembleModule(LightningModule):
         self.cohort = cohort
 
 
-class _Indices(Dataset[Tensor]):
-    def __init__(self, members: int) -> None:
-        self._members = members
-
-    def __len__(self) -> int:
-        return self._members
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.tensor(index)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (torch.tensor(index) for index in range(self._members))
-
-
 class MembersDataModule(LightningDataModule):
     """Member indices 0 … members − 1 in cohorts.
 
@@ -79,4 +63,4 @@ class MembersDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Cohorts in order."""
-        return DataLoader(_Indices(self._members), batch_size=self._cohort)
+        return DataLoader(torch.arange(self._members), batch_size=self._cohort)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import warnings
@@ -119,6 +120,7 @@ def train(
     Raises:
         ValueError: an option that this machine or this task cannot satisfy; nothing has been computed
             or written.
+        KeyboardInterrupt: Ctrl-C; finished cohorts are in the run's checkpoints.
     """
     console = console or Console()
     device = torch.device("cuda" if options.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
@@ -167,9 +169,14 @@ def train(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(EnsembleModule(recipe, theory), MembersDataModule(options.ensemble, cohort))
-    if recorder.results is None:
-        raise KeyboardInterrupt
+        try:
+            trainer.fit(EnsembleModule(recipe, theory), MembersDataModule(options.ensemble, cohort))
+        except SystemExit:
+            # Lightning ends the program on Ctrl-C; what to say then is the command's to decide.
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
+    assert recorder.results is not None
     report(recorder.results, directory, console)
     return recorder.results
 
@@ -182,16 +189,17 @@ def prepare_directory(out: str | None, task: str) -> Path:
     """
     if out is None:
         stem = f"{task}-{datetime.now():%Y%m%d-%H%M%S}"
-        candidates = [Path("runs") / f"{stem}{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000)))]
-        for path in candidates:
+        for attempt in itertools.count(1):
+            path = Path("runs") / (stem if attempt == 1 else f"{stem}-{attempt}")
             try:
                 path.mkdir(parents=True)
+                return path
             except FileExistsError:
-                continue
+                if not path.is_dir():
+                    raise ValueError("runs: is a file; choose a directory with --out DIR") from None
             except OSError as error:
-                raise ValueError(f"{path.parent}: cannot be written ({error.strerror}); choose --out DIR") from None
-            return path
-    path = Path(out or candidates[-1])
+                raise ValueError(f"runs: cannot be written ({error.strerror}); choose --out DIR") from None
+    path = Path(str(out))
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):

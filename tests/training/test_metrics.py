@@ -49,7 +49,8 @@ def test_an_execution_is_right_if_all_its_states_are() -> None:
     metric.update(TRUTH, TRUTH)
     assert float(metric.compute()) == pytest.approx(5 / 6)
     metric.reset()
-    assert math.isnan(float(metric.compute()))
+    metric.update(~TRUTH, TRUTH)
+    assert float(metric.compute()) == 0
 
 
 def test_rms_deviation() -> None:
@@ -127,7 +128,7 @@ def test_rows_match_theory_where_deviations_are_drawn_from_it() -> None:
         spread = row.exact_match_spread["midpoint"]
         assert spread is not None
         error = spread / math.sqrt(400 // row.members)
-        # Four standard errors of the mean over groups.
+        # Four standard errors of the mean over groups, and of a rare failure that no group may have met.
         assert row.exact_match["midpoint"] == pytest.approx(
-            row.predicted_exact_match["midpoint"], abs=4 * error + 1e-12
+            row.predicted_exact_match["midpoint"], abs=4 * error + 1e-5
         )
