@@ -15,7 +15,7 @@ def train_command(arguments: Sequence[str] | None = None, prog: str = "train.py"
     """Train an ensemble; exit status 0, 1 if no member converged, 2 for bad input, 130 if interrupted."""
     task, options, config = parse_run(sys.argv[1:] if arguments is None else arguments, prog)
     try:
-        results = train(task, options, config, Console())
+        results = train(task, options, config, _console())
     except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
@@ -23,6 +23,11 @@ def train_command(arguments: Sequence[str] | None = None, prog: str = "train.py"
         print(f"{prog}: interrupted; finished cohorts are in the run's checkpoints", file=sys.stderr)
         return 130
     return 0 if results["convergence"] else 1
+
+
+def _console() -> Console:
+    # A pipe has no width; rich would take 80 columns and break the table's cells.
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {"train": train_command}

@@ -60,6 +60,8 @@ class TemplatePredictor:
         templates: the task's templates: X = I_k, Y = their labels.
         padding: so many templates more, that set nothing and never match (the paper's way to make the
             sign rule right); they count in k.
+        centred: members start at exactly 0 (antisymmetric initialisation, DESIGN §4). Their initial outputs are
+            all that varies from member to member at infinite width, so every variance is 0; the mean is the same.
 
     Attributes:
         templates: the task's templates, without the padding.
@@ -70,10 +72,11 @@ class TemplatePredictor:
         ValueError: a negative padding.
     """
 
-    def __init__(self, templates: TemplateSet, padding: int = 0) -> None:
+    def __init__(self, templates: TemplateSet, padding: int = 0, *, centred: bool = False) -> None:
         if padding < 0:
             raise ValueError(f"padding {padding}: expected at least 0")
         self.templates = templates
+        self._centred = centred
         self.size = len(templates) + padding
         self.fan_in = templates.fan_in
         matched = torch.arange(self.size + 1, dtype=torch.float64)
@@ -108,6 +111,8 @@ class TemplatePredictor:
         cross_back = contrast_right * excess * overlap + left * excess * base_right + ORTHOGONAL * total_right
         spread = (NNGP_DIAGONAL - ORTHOGONAL) * weights + ORTHOGONAL * total * total_right
         covariance = (prior + spread - (cross + cross_back)) / self.size
+        if self._centred:
+            return torch.zeros_like(covariance)
         # A single matched template is a training point, which every member interpolates; and a network
         # without biases is constantly 0 at the zero input.
         return covariance.where((left > 1) & (right > 1), 0.0)

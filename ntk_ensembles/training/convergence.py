@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from ntk_ensembles.ensemble import Init
 from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.theory import (
     DECODERS,
@@ -32,11 +33,12 @@ class Theory:
     Args:
         task: the task.
         evaluation: its evaluation states.
+        init: how members start.
     """
 
-    def __init__(self, task: Task[Any, Any], evaluation: EvaluationSet) -> None:
+    def __init__(self, task: Task[Any, Any], evaluation: EvaluationSet, init: Init = "gaussian") -> None:
         self.evaluation = evaluation
-        self.predictor = TemplatePredictor(task.templates)
+        self.predictor = TemplatePredictor(task.templates, centred=init == "antisymmetric")
         gaussian = self.predictor.predict(evaluation.matches)
         self.mean, self.variance = gaussian.mean, gaussian.variance
         matched = evaluation.matches.sum(1)

@@ -44,8 +44,11 @@ def convergence_figure(rows: Sequence[ConvergenceRow], bands: dict[Decoder, Exac
     exact.set(ylim=(-0.03, 1.03), ylabel="states decoded exactly")
     exact.legend(fontsize="small", loc="best")
     predicted = [row.predicted_rms_deviation for row in rows]
-    deviation.plot(sizes, predicted, color="black", linewidth=1, label="theory, infinite width")
-    deviation.plot(sizes, [row.rms_deviation for row in rows], "o", color="black", markersize=4, label="measured")
+    label = "measured (theory at infinite width: 0)"
+    if any(predicted):
+        deviation.plot(sizes, predicted, color="black", linewidth=1, label="theory, infinite width")
+        label = "measured"
+    deviation.plot(sizes, [row.rms_deviation for row in rows], "o", color="black", markersize=4, label=label)
     deviation.set(yscale="log", ylabel="RMS deviation from the NTK mean")
     deviation.legend(fontsize="small")
     for axes in (exact, deviation):

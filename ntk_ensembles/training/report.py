@@ -15,13 +15,13 @@ def report(results: dict[str, Any], directory: Path, console: Console) -> None:
     """Print the convergence table, how training went, and where everything is."""
     rows = results["convergence"]
     if rows:
-        table = Table(title="exact match on evaluation states: measured (theory)")
+        table = Table(title="exact match on evaluation states, and on whole executions by midpoint: measured (theory)")
         table.add_column("N", justify="right")
         for decoder in DECODERS:
-            table.add_column(decoder, justify="right")
+            table.add_column(decoder, justify="right", no_wrap=True)
         if rows[0]["execution_match"]:
-            table.add_column("executions, midpoint", justify="right")
-        table.add_column("RMS deviation", justify="right")
+            table.add_column("executions", justify="right", no_wrap=True)
+        table.add_column("RMS deviation", justify="right", no_wrap=True)
         for row in rows:
             cells = [str(row["members"])]
             cells += [

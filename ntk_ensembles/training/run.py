@@ -136,7 +136,7 @@ def train(
     )
     cohort = choose_cohort(recipe, options.evaluation_states, options.ensemble, device, options.cohort)
     directory = prepare_directory(options.out, task.name)
-    theory = Theory(task, EvaluationSet.sample(task, options.evaluation_states, options.evaluation_seed))
+    theory = Theory(task, EvaluationSet.sample(task, options.evaluation_states, options.evaluation_seed), options.init)
     if config is not None:
         write_atomically(directory / "config.yaml", lambda path: path.write_text(config, encoding="utf-8"))
 
