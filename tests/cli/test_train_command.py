@@ -1,8 +1,10 @@
 """The main job as a user runs it."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,31 @@ def test_the_script_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Results in" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), "--task", "addition", "--cohort", "2", "--ensemble", "9999"]
+    running = subprocess.Popen(
+        [*command, "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/members-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, complaint = running.communicate(timeout=120)
+    assert running.returncode == 130, complaint
+    assert "interrupted; finished cohorts are in" in complaint
+    for shard in out.glob("checkpoints/*"):
+        assert load_file(shard)["converged"].all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_command(["--task", "addition", "--accelerator", "gpu"])
+    assert stop.value.code == 2
+    assert "--accelerator gpu: PyTorch sees no GPU here; expected auto or cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
