@@ -126,9 +126,12 @@ def descend(
             history.forget(i)
         if diverged:
             residuals = model.outputs() - labels
-        # A member that has stopped takes part in the cohort's arithmetic with a cotangent of 0.
+        # A member that has stopped takes part in the cohort's arithmetic, but with zeros (its own numbers
+        # may not even be finite).
         stopped = [i for i in range(members) if i not in running]
         residuals[stopped] = 0
+        for i in stopped:
+            history.forget(i)
         cotangents = history.propose(residuals, lambda r: damping * _gradient(r, loss, inverse_kernel))
         cotangents[stopped] = 0
         outputs = model.step(cotangents)

@@ -70,7 +70,7 @@ class IdentityModel:
         if self._low_precision:
             low = torch.bfloat16
             active, pulled = self._active.to(low), torch.bmm(cotangents.mT.to(low), readout.to(low))
-            readout.sub_(torch.bmm(cotangents.to(low), active.mT.contiguous().mT))
+            readout.sub_(torch.bmm(cotangents.to(low), active))
         else:
             active, pulled = self._active, torch.bmm(cotangents.mT, readout, out=self._pulled)
             readout.baddbmm_(cotangents, active, alpha=-1)

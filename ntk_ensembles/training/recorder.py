@@ -204,10 +204,20 @@ def environment(device: torch.device, dtype: str) -> dict[str, Any]:
     """What a number may depend on beside the configuration."""
     packages = ("torch", "lightning", "torchmetrics", "ntk-ensembles")
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "device_type": device.type,
         "cpu_threads": torch.get_num_threads(),
         "dtypes": {"weights": dtype.removeprefix("torch."), "stored_deviations": "float16"},
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }
+
+
+def _cpu_name() -> str:
+    """The processor's model where the system tells it, otherwise its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -33,8 +33,8 @@ def report(results: dict[str, Any], directory: Path, console: Console) -> None:
             cells.append(f"{row['rms_deviation']:.2e} ({row['predicted_rms_deviation']:.2e})")
             table.add_row(*cells)
         console.print(table)
-        exact = next((row["members"] for row in rows if row["exact_match"]["midpoint"] == 1), None)
-        if exact:
+        exact = exact_from(rows)
+        if exact is not None:
             console.print(f"[bold]All states exact by midpoint from N = {exact} on[/bold], in every group of members.")
     training = results["training"]
     failed = training["not_converged"]
@@ -55,6 +55,20 @@ def report(results: dict[str, Any], directory: Path, console: Console) -> None:
         highlight=False,
     )
     console.print(f"Results in {directory}; charts: tensorboard --logdir {directory}", highlight=False, soft_wrap=True)
+
+
+def exact_from(rows: list[dict[str, Any]]) -> int | None:
+    """The smallest N from which on every group of members decodes every state right by midpoint.
+
+    Args:
+        rows: ``convergence`` of ``results.json``, N ascending.
+    """
+    smallest = None
+    for row in reversed(rows):
+        if row["exact_match"]["midpoint"] < 1:
+            break
+        smallest = int(row["members"])
+    return smallest
 
 
 def _percent(share: float) -> str:
