@@ -48,7 +48,7 @@ def parse_run(arguments: Sequence[str], prog: str) -> tuple[Task[Any, Any], RunO
         )
     parser = _parser(prog, name)
     values = parser.parse_args(list(arguments))
-    task_options, run_options = _split(values, TASKS[name])
+    task_options, run_options = _split(values)
     try:
         options = RunOptions(**run_options)
         task = TASKS[name](**task_options)
@@ -79,7 +79,8 @@ def _parser(prog: str, task: str | None) -> OneLineParser:
     return parser
 
 
-def _split(values: Namespace, task: type[Task[Any, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(values: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The task's options and the run's."""
     given = {key: value for key, value in vars(values).items() if key not in ("config", "task")}
     run = {key: given.pop(key) for key in RunOptions.__dataclass_fields__}
     return given, run

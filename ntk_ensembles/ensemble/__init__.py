@@ -5,7 +5,6 @@ and `functional` carry its steps out, `cohort_training` takes a cohort from draw
 """
 
 from ntk_ensembles.ensemble.cohort_training import (
-    PRECISIONS,
     Engine,
     Precision,
     Recipe,
@@ -21,7 +20,6 @@ from ntk_ensembles.ensemble.network import INITS, Cohort, Init, TwoLayerMLP
 __all__ = [
     "INITS",
     "LOSSES",
-    "PRECISIONS",
     "Cohort",
     "DescentOptions",
     "Engine",

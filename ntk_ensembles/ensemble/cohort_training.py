@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import psutil
 import torch
@@ -26,8 +26,6 @@ Engine = Literal["identity", "functional"]
 Precision = Literal["32-true", "bf16-mixed", "64-true"]
 """Lightning's names. ``bf16-mixed``: weights, outputs and residuals in float32, gradients in bfloat16."""
 
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
 COHORT_MAX = 64
 """More members at once bring nothing, and delay the first result."""
 
@@ -35,6 +33,7 @@ _MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.7}
 _MEMORY_CAP_CPU = 2 << 30
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,11 @@ class TrainedCohort:
     seconds: dict[str, float]
     """Wall time of the phases ``init``, ``train`` and ``evaluate``."""
 
+    @property
+    def converged(self) -> list[int]:
+        """The positions in this cohort of the members that converged."""
+        return [position for position, status in enumerate(self.statuses) if status.converged]
+
 
 def train_cohort(
     recipe: Recipe,
@@ -134,7 +138,7 @@ def train_cohort(
     parts = [cohort.member(position) for position in range(len(indices))] if by_member else [cohort]
     seconds: dict[str, float] = {}
 
-    def phase(name: str, work: Callable[[T], object], over: Sequence[T], pool: ThreadPoolExecutor) -> list[object]:
+    def phase(name: str, work: Callable[[T], R], over: Sequence[T]) -> list[R]:
         started_at = time.perf_counter()
         # Threads do not inherit inference mode or no_grad; nothing here needs autograd but vjp, which has its own.
         results = list(pool.map(torch.no_grad()(work), over))
@@ -144,11 +148,9 @@ def train_cohort(
         return results
 
     with _workers(by_member) as pool:
-        phase("init", lambda member: cohort.member(member).draw(), range(len(indices)), pool)
-        trained: list[tuple[list[MemberStatus], IdentityModel | FunctionalModel]]
-        trained = phase("train", train, parts, pool)  # type: ignore[assignment]
-        predicted: list[Tensor]
-        predicted = phase("evaluate", lambda pair: pair[1].predict(inputs), trained, pool)  # type: ignore[assignment]
+        phase("init", cohort.redraw, range(len(indices)))
+        trained = phase("train", train, parts)
+        predicted = phase("evaluate", lambda pair: pair[1].predict(inputs), trained)
     statuses = [status for part, _ in trained for status in part]
     return TrainedCohort(tuple(indices), statuses, torch.cat(predicted), seconds)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -99,10 +99,6 @@ class ConvergenceRow:
     predicted_bit_accuracy: dict[Decoder, float]
     rms_deviation: float
     predicted_rms_deviation: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def ensemble_sizes(members: int) -> list[int]:

@@ -25,7 +25,8 @@ class EnsembleModule(LightningModule):
 
     Attributes:
         deviations: of all members that converged; the others are never averaged in.
-        cohort: what the last training step returned.
+        cohort: what the last training step trained; None before the first.
+        cohort_deviations: of all its members, converged or not, as they are kept: in float16.
     """
 
     def __init__(self, recipe: Recipe, theory: Theory) -> None:
@@ -35,6 +36,7 @@ class EnsembleModule(LightningModule):
         self.theory = theory
         self.deviations = MemberDeviations()
         self.cohort: TrainedCohort | None = None
+        self.cohort_deviations = torch.empty(0, *theory.mean.shape, dtype=torch.float16)
 
     def configure_optimizers(self) -> None:
         """None: training is `descend`'s."""
@@ -42,11 +44,10 @@ class EnsembleModule(LightningModule):
     def training_step(self, indices: Int[Tensor, " members"]) -> None:
         """Train and evaluate the members with these indices."""
         cohort = train_cohort(self.recipe, indices.tolist(), self.theory.inputs, self.device)
-        converged = [row for row, status in enumerate(cohort.statuses) if status.converged]
-        if converged:
-            deviations = cohort.predictions[converged].cpu() - self.theory.mean
-            self.deviations.update(indices.cpu()[converged], deviations)
         self.cohort = cohort
+        self.cohort_deviations = (cohort.predictions.cpu() - self.theory.mean).to(torch.float16)
+        if cohort.converged:
+            self.deviations.update(indices.cpu()[cohort.converged], self.cohort_deviations[cohort.converged])
 
 
 class MembersDataModule(LightningDataModule):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,8 @@ class RunRecorder(Callback):
         self.statuses.update(zip(cohort.indices, cohort.statuses, strict=True))
         for phase, seconds in cohort.seconds.items():
             self._seconds[phase] += seconds
-        deviations = (cohort.predictions.cpu() - pl_module.theory.mean).to(torch.float16)
-        self._save(cohort, deviations)
-        self._chart_so_far(pl_module, cohort, deviations)
+        self._save(cohort, pl_module.cohort_deviations)
+        self._chart_so_far(pl_module, cohort)
 
     def _save(self, cohort: TrainedCohort, deviations: torch.Tensor) -> None:
         folder = self._directory / "checkpoints"
@@ -80,11 +80,10 @@ class RunRecorder(Callback):
         name = f"members-{cohort.indices[0]:06d}-{cohort.indices[-1]:06d}.safetensors"
         write_atomically(folder / name, lambda path: save_file(tensors, path))
 
-    def _chart_so_far(self, module: EnsembleModule, cohort: TrainedCohort, deviations: torch.Tensor) -> None:
-        converged = [row for row, status in enumerate(cohort.statuses) if status.converged]
-        if not isinstance(module.logger, TensorBoardLogger) or not converged:
+    def _chart_so_far(self, module: EnsembleModule, cohort: TrainedCohort) -> None:
+        if not isinstance(module.logger, TensorBoardLogger) or not cohort.converged:
             return
-        added = deviations[converged].sum(0, dtype=torch.float64)
+        added = module.cohort_deviations[cohort.converged].sum(0, dtype=torch.float64)
         self._sum = added if self._sum is None else self._sum + added
         count = sum(status.converged for status in self.statuses.values())
         writer = module.logger.experiment
@@ -156,7 +155,7 @@ class RunRecorder(Callback):
             "state_bits": self._task.layout.bits,
             "evaluation_states": len(module.theory.evaluation),
             "executions": len(module.theory.evaluation.executions),
-            "convergence": [row.as_dict() for row in rows],
+            "convergence": [asdict(row) for row in rows],
             "training": {
                 "steps_max": max(status.steps for status in statuses),
                 "relative_loss_max": max(losses) if finite else None,
