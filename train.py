@@ -2,7 +2,7 @@
 
 import sys
 
-from ntk_ensembles.cli.main import train_command
+from ntk_ensembles.cli.train import train_command
 
 if __name__ == "__main__":
     sys.exit(train_command())

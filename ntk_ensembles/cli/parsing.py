@@ -1,23 +1,28 @@
-"""The command line of `train.py`: options from dataclasses and constructors, layered over YAML."""
+"""Command lines from dataclasses and constructors: their arguments are the flags, their docstrings the help."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
-from ntk_ensembles.tasks import TASKS, Task
-from ntk_ensembles.training.run import RunOptions
+from ntk_ensembles.tasks import TASKS, Task, find_task
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+ChosenT = TypeVar("ChosenT")
+OptionsT = TypeVar("OptionsT")
+
 
 class OneLineParser(ArgumentParser):
-    """Refuses bad input in one line and exit status 2."""
+    """Refuses bad input in one line and exit status 2, shows flags with dashes, and takes no abbreviations."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message on one line, with a way to help."""
@@ -25,70 +30,94 @@ class OneLineParser(ArgumentParser):
         sys.stderr.write(f"{self.prog}: error: {text} (see {self.prog} --help)\n")
         sys.exit(2)
 
-    def use_dashes(self) -> None:
+    def add_options(self, source: type[Any]) -> None:
+        """Add a flag for each argument of a constructor; a bool that is False by default is a switch."""
+        switches = [
+            name
+            for name, parameter in inspect.signature(source).parameters.items()
+            if parameter.default is False and parameter.annotation in (bool, "bool")
+        ]
+        self.add_class_arguments(source, None, skip=set(switches))
+        help_of = {entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(source).params}
+        for name in switches:
+            self.add_argument(f"--{name}", action="store_true", help=help_of.get(name))
+
+    def finish(self) -> None:
         """Show flags with dashes, and go on accepting underscores."""
         for action in self._actions:
             dashed = [option.replace("_", "-") for option in action.option_strings]
             self._option_string_actions.update(dict.fromkeys(dashed, action))
             action.option_strings = dashed
+        # An abbreviation that works today is another option's tomorrow.
+        self.allow_abbrev = False
 
 
-def parse_run(arguments: Sequence[str], prog: str) -> tuple[Task[Any, Any], RunOptions, str]:
-    """The task, the options and the resolved configuration as YAML.
+def parse_task(
+    arguments: Sequence[str], prog: str, description: str, options: type[OptionsT]
+) -> tuple[Task[Any, Any], OptionsT, dict[str, Any]]:
+    """`parse_choice` among tasks, the package's and a user's own."""
+    return parse_choice(arguments, prog, description, find_task, list(TASKS), options)
 
-    Bad input ends the program with one line on standard error and exit status 2.
+
+def parse_choice(
+    arguments: Sequence[str],
+    prog: str,
+    description: str,
+    find: Callable[[str], type[ChosenT]],
+    names: Sequence[str],
+    options: type[OptionsT],
+) -> tuple[ChosenT, OptionsT, dict[str, Any]]:
+    """What ``--task`` chooses, made with the flags of its own, and the options that every choice shares.
+
+    Flags go over YAML files named by ``--config``. Bad input ends the program with one line on standard
+    error and exit status 2.
+
+    Args:
+        arguments: of the command line.
+        prog: the command, for messages.
+        description: what it does, for ``--help``.
+        find: the class that a word stands for; raises ValueError, with a message that names ``--task``.
+        names: the words to show.
+        options: a dataclass; its fields are flags too.
+
+    Returns:
+        The chosen object, the options, and all resolved values by name, ``task`` first.
     """
-    name = _task_name(arguments)
-    if name is None or name not in TASKS:
-        parser = _parser(prog, None)
-        if name is None and any(argument in ("-h", "--help") for argument in arguments):
+    word = _chosen_word(arguments)
+    parser = OneLineParser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="A YAML file of options by name, such as configs/*.yaml.")
+    chosen: type[ChosenT] | None = None
+    if word is None:
+        parser.epilog = f"Each task has options of its own: {prog} --task NAME --help shows them."
+    else:
+        try:
+            chosen = find(word)
+        except ValueError as error:
+            parser.error(str(error))
+    listed = f"{{{','.join(names)}}}" + ("" if find is not find_task else " or file.py:Class")
+    parser.add_argument("--task", metavar=listed, required=True, help="Which algorithm.")
+    if chosen is not None:
+        if clash := inspect.signature(chosen).parameters.keys() & inspect.signature(options).parameters.keys():
+            parser.error(f"--task {word}: options {', '.join(sorted(clash))} belong to {prog} too; rename the task's")
+        parser.add_options(chosen)
+    parser.add_options(options)
+    parser.finish()
+    if chosen is None:
+        if any(argument in ("-h", "--help") for argument in arguments):
             parser.parse_args(["--help"])
-        parser.error(
-            f"--task {name}: expected one of {', '.join(TASKS)}" if name else f"--task: choose {', '.join(TASKS)}"
-        )
-    parser = _parser(prog, name)
-    values = parser.parse_args(list(arguments))
-    task_options, run_options = _split(values)
+        parser.error(f"--task: choose {', '.join(names)}")
+    values = {key: value for key, value in vars(parser.parse_args(list(arguments))).items() if key != "config"}
+    shared = {field.name: values[field.name] for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    own = {key: value for key, value in values.items() if key not in shared and key != "task"}
     try:
-        options = RunOptions(**run_options)
-        task = TASKS[name](**task_options)
+        return chosen(**own), options(**shared), {"task": word, **own, **shared}
     except ValueError as error:
         parser.error(str(error))
-    resolved = {"task": name, **task_options, **{key: value for key, value in run_options.items() if key != "out"}}
-    return task, options, yaml.safe_dump(resolved, sort_keys=False)
 
 
-def _parser(prog: str, task: str | None) -> OneLineParser:
-    parser = OneLineParser(
-        prog=prog,
-        description="Train an ensemble of wide two-layer networks on a task's templates and measure it against the "
-        "NTK prediction. Options can stand in YAML files too; flags go over them.",
-        epilog=None
-        if task
-        else f"Each task has options of its own: {prog} --task NAME --help shows them. "
-        f"The quickest look: {prog} --task addition",
-    )
-    parser.add_argument("--config", action="config", help="A YAML file of options by name, such as configs/*.yaml.")
-    parser.add_argument("--task", choices=list(TASKS), required=True, help="What to learn.")
-    if task is not None:
-        parser.add_class_arguments(TASKS[task], None)
-    parser.add_class_arguments(RunOptions, None)
-    parser.use_dashes()
-    # An abbreviation that works today is another option's tomorrow.
-    parser.allow_abbrev = False
-    return parser
-
-
-def _split(values: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The task's options and the run's."""
-    given = {key: value for key, value in vars(values).items() if key not in ("config", "task")}
-    run = {key: given.pop(key) for key in RunOptions.__dataclass_fields__}
-    return given, run
-
-
-def _task_name(arguments: Sequence[str]) -> str | None:
+def _chosen_word(arguments: Sequence[str]) -> str | None:
     """The task that flags or, where they do not say, the last config file names."""
-    name = None
+    word = None
     for position, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
         value = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
@@ -100,5 +129,5 @@ def _task_name(arguments: Sequence[str]) -> str | None:
             except (OSError, yaml.YAMLError):
                 continue  # the parser says what is wrong with it
             if isinstance(content, dict) and "task" in content:
-                name = str(content["task"])
-    return name
+                word = str(content["task"])
+    return word

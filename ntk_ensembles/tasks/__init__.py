@@ -1,23 +1,14 @@
 """Tasks: fixed-size binary machines given by templates, one file each (DESIGN §1)."""
 
-from typing import Any
-
 from ntk_ensembles.tasks.addition import Addition
 from ntk_ensembles.tasks.base import Task, check_range
 from ntk_ensembles.tasks.evaluation import EvaluationSet
 from ntk_ensembles.tasks.layout import StateLayout
 from ntk_ensembles.tasks.multiplication import Multiplication
 from ntk_ensembles.tasks.permutation import Permutation
+from ntk_ensembles.tasks.registry import TASKS, find_task
 from ntk_ensembles.tasks.sbn import SBN, Program
 from ntk_ensembles.tasks.templates import Template, TemplateSet
-
-TASKS: dict[str, type[Task[Any, Any]]] = {
-    "permutation": Permutation,
-    "addition": Addition,
-    "multiplication": Multiplication,
-    "sbn": SBN,
-}
-"""Every task by the word after ``--task``."""
 
 __all__ = [
     "SBN",
@@ -32,4 +23,5 @@ __all__ = [
     "Template",
     "TemplateSet",
     "check_range",
+    "find_task",
 ]

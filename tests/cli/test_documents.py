@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ntk_ensembles.cli.main import train_command
-from ntk_ensembles.cli.parsing import parse_run
+from ntk_ensembles.cli.parsing import parse_task
+from ntk_ensembles.cli.train import train_command
+from ntk_ensembles.training import RunOptions
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +24,7 @@ def test_every_training_command_of_the_readme_parses() -> None:
                 train_command(arguments)
             assert stop.value.code == 0
         else:
-            parse_run(arguments, "train.py")
+            parse_task(arguments, "train.py", "", RunOptions)
 
 
 def test_files_that_the_readme_links_exist() -> None:

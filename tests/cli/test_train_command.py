@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ntk_ensembles.cli.main import main, train_command
+from ntk_ensembles.cli.main import main
+from ntk_ensembles.cli.train import train_command
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--width", "256", "--ensemble", "5", "--evaluation-states", "40", "--tolerance", "1e-4"]
