@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
     "train": "train an ensemble, as train.py does",
+    "certify": "what is exact, and with how many members, before any training",
 }
 """Subcommands by name; ``NAME_command`` in the module of that name, imported only when it is used."""
 

@@ -1,11 +1,14 @@
 """What infinitely wide ensembles do, exactly: kernels, predictions, decoding (DESIGN §2 and §3).
 
 `kernels` holds the two kernels of the network, `predictor` the mean and variance that training on a
-task's templates leads to, `decoding` the thresholds that read bits off them and how often they fail.
+task's templates leads to, `decoding` the thresholds that read bits off them and how often they fail,
+`certificate` what a decoder promises for all states.
 """
 
+from ntk_ensembles.theory.certificate import Certificate, Critical, certify, members_for_states, sign_padding
 from ntk_ensembles.theory.decoding import (
     DECODERS,
+    TIE,
     Decoder,
     ExactMatchBand,
     bit_error_probability,
@@ -21,6 +24,9 @@ from ntk_ensembles.theory.predictor import Gaussian, Posterior, TemplatePredicto
 
 __all__ = [
     "DECODERS",
+    "TIE",
+    "Certificate",
+    "Critical",
     "Decoder",
     "ExactMatchBand",
     "Gaussian",
@@ -28,6 +34,7 @@ __all__ = [
     "Posterior",
     "TemplatePredictor",
     "bit_error_probability",
+    "certify",
     "decode",
     "exact_match_band",
     "exact_match_probability",
@@ -35,9 +42,11 @@ __all__ = [
     "kappa1",
     "log_exact_match_probability",
     "margins",
+    "members_for_states",
     "nngp",
     "ntk",
     "ntk_profile",
     "posterior",
+    "sign_padding",
     "thresholds",
 ]

@@ -1,0 +1,114 @@
+"""`ntk-ensembles certify`, and tasks from a user's own file, as a user runs them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ntk_ensembles.cli.main import main
+from ntk_ensembles.cli.train import train_command
+from ntk_ensembles.tasks import find_task
+
+ROOT = Path(__file__).parents[2]
+RULE110 = f"{ROOT}/examples/rule110.py:Rule110"
+SMALL = ["--evaluation-states", "50"]
+
+
+def certificate(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict:  # type: ignore[type-arg]
+    assert main(["certify", *arguments, *SMALL, "--json"]) == status
+    printed = capsys.readouterr().out
+    found: dict = json.loads(printed)  # type: ignore[type-arg]
+    return found
+
+
+def test_addition(capsys: pytest.CaptureFixture[str]) -> None:
+    found = certificate(capsys, "--task", "addition", "--bits", "3")
+    assert (found["templates"], found["state_bits"]) == (12, 9)
+    # Each of three positions adds or carries, and each of three carries moves or stays.
+    assert found["matched"]["all_states"] == {"max": 6, "max_attained": 6}
+    assert found["matched"]["sampled"]["max"] <= found["matched"]["reachable"]["max"] <= 6
+    midpoint = found["decoders"]["midpoint"]
+    assert midpoint["all_states"]["exact"] is True
+    counts = midpoint["members"]
+    assert 1 <= counts["one_reachable_state"] <= counts["one_state"] < counts["all_states"]
+    looser = certificate(capsys, "--task", "addition", "--bits", "3", "--delta", "0.1")
+    assert looser["decoders"]["midpoint"]["members"]["all_states"] < counts["all_states"]
+
+
+def test_the_sign_rule_that_cannot_be_exact_names_bit_group_and_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["certify", "--task", "multiplication", "--bits", "3", "--decode", "sign", *SMALL]
+    assert main(arguments) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "sign fails at bit shift[0]" in printed
+    assert "of group 'skip addition'" in printed
+    assert "zero-label templates more (padding)" in printed
+    found = certificate(capsys, "--task", "multiplication", "--bits", "3", "--decode", "sign", status=1)
+    sign = found["decoders"]["sign"]
+    assert sign["all_states"]["exact"] is False
+    assert sign["padding"]["all_states"] >= sign["padding"]["reachable"] >= 0
+    assert "midpoint" not in found["decoders"]
+
+
+def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certify", "--task", "sbn", "--cells", "4", "--word", "3", *SMALL]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("proven", "seen on 50 sampled states", "union bound", "does not cover what a finite width adds"):
+        assert words in printed
+
+
+def test_a_users_own_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = certificate(capsys, "--task", RULE110, "--cells", "6", "--generations", "4")
+    assert found["task"] == {"name": "rule110", "cells": 6, "generations": 4}
+    assert (found["templates"], found["fan_in"]["max"]) == (30, 5)
+    small = ["--width", "512", "--ensemble", "4", "--evaluation-states", "20", "--tolerance", "1e-4"]
+    assert train_command(["--task", RULE110, "--cells", "6", *small, "--out", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["task"]["name"] == "rule110"
+
+
+def test_rule_110_is_rule_110() -> None:
+    """Against the rule's number: bit 4·left + 2·cell + right of 110 is the next cell."""
+    task = find_task(RULE110)(cells=7, generations=3)
+    for start in range(1 << 7):
+        ring = [start >> cell & 1 for cell in range(7)]
+        for _ in range(3):
+            ring = [110 >> (4 * ring[i - 1] + 2 * ring[i] + ring[(i + 1) % 7]) & 1 for i in range(7)]
+        assert task.reference((start, 3)) == sum(value << cell for cell, value in enumerate(ring))
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("subtraction", "expected one of permutation, addition, multiplication, sbn"),
+        ("nowhere.py:Task", "there is no file nowhere.py"),
+        (f"{ROOT}/examples/rule110.py:Rule30", "no class Rule30"),
+        (f"{ROOT}/train.py:sys", "no class sys"),
+    ],
+)
+def test_a_task_that_is_not_there(word: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["certify", "--task", word])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_a_file_that_fails_and_a_clash_of_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0\n")
+    clash = tmp_path / "clash.py"
+    text = (ROOT / "examples" / "rule110.py").read_text(encoding="utf-8")
+    clash.write_text(text.replace("generations: int = 32", "delta: int = 32").replace("generations", "delta"))
+    for word, says in ((f"{broken}:Task", "ZeroDivisionError"), (f"{clash}:Rule110", "options delta")):
+        with pytest.raises(SystemExit) as stop:
+            main(["certify", "--task", word])
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+
+
+def test_delta_out_of_range(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["certify", "--task", "addition", "--delta", "2"])
+    assert stop.value.code == 2
+    assert "--delta 2.0: expected a number between 0 and 1" in capsys.readouterr().err
