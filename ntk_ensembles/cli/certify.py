@@ -104,7 +104,7 @@ def certificate_of(task: Task[Any, Any], options: CertifyOptions) -> dict[str, A
     predictor = TemplatePredictor(templates)
     evaluation = EvaluationSet.sample(task, options.evaluation_states, options.evaluation_seed)
     seen = evaluation.matches.sum(1)
-    start, start_fields = _start_bits(task, options.evaluation_seed)
+    start, start_names = _start_bits(task, options.evaluation_seed)
     scopes = {
         "all_states": MatchExtremes(templates),
         "reachable": MatchExtremes(templates, exclusive_bits(templates, start)),
@@ -132,7 +132,7 @@ def certificate_of(task: Task[Any, Any], options: CertifyOptions) -> dict[str, A
         "matched": {
             **{name: _describe_extreme(extreme) for name, extreme in extremes.items()},
             "sampled": {"states": len(evaluation), "min": int(seen.min()), "max": int(seen.max())},
-            "reachable_from": start_fields,
+            "reachable_from": start_names,
         },
         "fan_in": {
             "min": int(templates.fan_in.min()),
@@ -145,17 +145,21 @@ def certificate_of(task: Task[Any, Any], options: CertifyOptions) -> dict[str, A
 
 
 def _start_bits(task: Task[Any, Any], seed: int) -> tuple[Bool[Tensor, " bits"], list[str]]:
-    """The bits of all fields that the first inputs' initial states use, and these fields."""
-    fields = {
-        name
-        for value in itertools.islice(task.inputs(random.Random(seed)), _INPUTS_SEEN)
-        for name, content in task.fields(value).items()
-        if content
-    }
+    """In each field the bits between the lowest and the highest that the first inputs set; and their names."""
+    used: dict[str, int] = {}
+    for value in itertools.islice(task.inputs(random.Random(seed)), _INPUTS_SEEN):
+        for name, content in task.fields(value).items():
+            used[name] = used.get(name, 0) | content
     start = torch.zeros(task.layout.bits, dtype=torch.bool)
-    for name in fields:
-        start[list(task.layout[name])] = True
-    return start, [name for name in task.layout if name in fields]
+    names = []
+    for name in task.layout:
+        content, bits = used.get(name, 0), task.layout[name]
+        if content:
+            low, high = (content & -content).bit_length() - 1, content.bit_length() - 1
+            start[bits[low] : bits[high] + 1] = True
+            whole = (low, high) == (0, len(bits) - 1)
+            names.append(name if whole else f"{name}[{low}]" if low == high else f"{name}[{low}:{high + 1}]")
+    return start, names
 
 
 def _describe_extreme(extreme: Extreme | None) -> dict[str, Any]:
