@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
     "train": "train an ensemble, as train.py does",
+    "merge": "one run from several that trained different members",
     "certify": "what is exact, and with how many members, before any training",
+    "validate": "every input of a task by the NTK mean, compared with arithmetic",
 }
 """Subcommands by name; ``NAME_command`` in the module of that name, imported only when it is used."""
 

@@ -83,7 +83,7 @@ def parse_choice(
     Returns:
         The chosen object, the options, and all resolved values by name, ``task`` first.
     """
-    word = _chosen_word(arguments)
+    word = chosen_task(arguments)
     parser = OneLineParser(prog=prog, description=description)
     parser.add_argument("--config", action="config", help="A YAML file of options by name, such as configs/*.yaml.")
     chosen: type[ChosenT] | None = None
@@ -115,19 +115,28 @@ def parse_choice(
         parser.error(str(error))
 
 
-def _chosen_word(arguments: Sequence[str]) -> str | None:
-    """The task that flags or, where they do not say, the last config file names."""
-    word = None
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The first value that a flag has on a command line, before it is parsed."""
     for position, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        value = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
-        if flag == "--task":
-            return value
-        if flag == "--config":
-            try:
-                content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (OSError, yaml.YAMLError):
-                continue  # the parser says what is wrong with it
-            if isinstance(content, dict) and "task" in content:
-                word = str(content["task"])
+        name, separator, value = argument.partition("=")
+        if name == flag:
+            return value if separator else next(iter(arguments[position + 1 :]), "")
+    return None
+
+
+def chosen_task(arguments: Sequence[str]) -> str | None:
+    """The task that flags or, where they do not say, the last config file names."""
+    word = value_of("--task", arguments)
+    if word is not None:
+        return word
+    for position, argument in enumerate(arguments):
+        path = value_of("--config", arguments[position:]) if argument.startswith("--config") else None
+        if path is None:
+            continue
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            continue  # the parser says what is wrong with it
+        if isinstance(content, dict) and "task" in content:
+            word = str(content["task"])
     return word

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-import yaml
-
-from ntk_ensembles.cli.parsing import parse_task
+from ntk_ensembles.cli.parsing import chosen_task, parse_task, value_of
 from ntk_ensembles.cli.terminal import console
 from ntk_ensembles.training.run import RunOptions, train
+from ntk_ensembles.training.store import RunStore, SaveError, StoreError
 
 _DESCRIPTION = (
     "Train an ensemble of wide two-layer networks on a task's templates and measure it against the NTK prediction. "
@@ -18,16 +18,41 @@ _DESCRIPTION = (
 
 
 def train_command(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
-    """Train an ensemble; exit status 0, 1 if no member converged, 2 for bad input, 130 if interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    task, options, values = parse_task(arguments, prog, _DESCRIPTION, RunOptions)
-    config = yaml.safe_dump({key: value for key, value in values.items() if key != "out"}, sort_keys=False)
+    """Train an ensemble or go on with one.
+
+    Exit status 0; 1 if no member converged, or if the disk or the memory gave out; 2 for bad input; 130 if
+    interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        results = train(task, options, config, console())
+        arguments = [*_config_of_resumed(arguments), *arguments]
+        task, options, values = parse_task(arguments, prog, _DESCRIPTION, RunOptions)
+        results = train(task, options, console(), values["task"])
     except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; finished cohorts are in the run's checkpoints", file=sys.stderr)
+    except (MemoryError, SaveError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        print(f"{prog}: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
-    return 0 if results["convergence"] else 1
+    return 0 if not results or results["convergence"] else 1
+
+
+def _config_of_resumed(arguments: Sequence[str]) -> list[str]:
+    """The options of the run to go on with, for flags to go over.
+
+    Raises:
+        StoreError: there is no such run, or it is of another task.
+    """
+    directory = value_of("--resume", arguments)
+    if directory is None:
+        return []
+    # Says what is wrong with a directory that is no run.
+    RunStore.open(Path(directory))
+    config = ["--config", str(Path(directory) / "config.yaml")]
+    asked, there = value_of("--task", arguments), chosen_task(config)
+    if asked is not None and asked != there:
+        raise StoreError(f"{directory}: --task is {asked} here and {there} there")
+    return config

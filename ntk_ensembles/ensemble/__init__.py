@@ -6,6 +6,7 @@ and `functional` carry its steps out, `cohort_training` takes a cohort from draw
 
 from ntk_ensembles.ensemble.cohort_training import (
     Engine,
+    Members,
     Precision,
     Recipe,
     TrainedCohort,
@@ -28,6 +29,7 @@ __all__ = [
     "Init",
     "Loss",
     "MemberStatus",
+    "Members",
     "Precision",
     "Recipe",
     "Trainable",

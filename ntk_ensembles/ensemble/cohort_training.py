@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import psutil
@@ -78,18 +79,34 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class TrainedCohort:
-    """What is left of a cohort when its weights are dropped."""
+    """What is left of a cohort when it has been evaluated."""
 
     indices: tuple[int, ...]
     statuses: list[MemberStatus]
     predictions: Float[Tensor, "members states bits"]
     seconds: dict[str, float]
     """Wall time of the phases ``init``, ``train`` and ``evaluate``."""
+    weights: dict[str, Tensor] | None = None
+    """As from `Cohort.state`, where they were to be kept."""
 
     @property
     def converged(self) -> list[int]:
         """The positions in this cohort of the members that converged."""
         return [position for position, status in enumerate(self.statuses) if status.converged]
+
+    @classmethod
+    def join(cls, parts: Sequence[TrainedCohort]) -> TrainedCohort:
+        """One cohort of the members of several."""
+        if len(parts) == 1:
+            return parts[0]
+        weights = [part.weights for part in parts if part.weights is not None]
+        return cls(
+            tuple(index for part in parts for index in part.indices),
+            [status for part in parts for status in part.statuses],
+            torch.cat([part.predictions for part in parts]),
+            {phase: sum(part.seconds[phase] for part in parts) for phase in parts[0].seconds},
+            {name: torch.cat([part[name] for part in weights]) for name in weights[0]} if weights else None,
+        )
 
 
 def train_cohort(
@@ -97,20 +114,122 @@ def train_cohort(
     indices: Sequence[int],
     inputs: Float[Tensor, "states templates"],
     device: torch.device,
+    *,
+    keep_weights: bool = False,
 ) -> TrainedCohort:
     """Draw the members, train them, and predict at the evaluation inputs.
-
-    On a CPU the fast engine gives each core members of its own and computes each on one thread: the
-    numbers of a member then depend neither on the cohort nor on how many cores there are.
 
     Args:
         recipe: how members are made.
         indices: which members.
         inputs: encoded evaluation states.
         device: where to compute.
+        keep_weights: hand out a copy of the trained weights.
     """
+    members = Members.train(recipe, indices, device)
+    started_at = time.perf_counter()
+    predictions = members.predict(inputs)
+    seconds = {**members.seconds, "evaluate": time.perf_counter() - started_at}
+    return TrainedCohort(
+        tuple(indices), members.statuses, predictions, seconds, members.weights() if keep_weights else None
+    )
+
+
+class Members:
+    """A cohort with its weights, ready to predict.
+
+    On a CPU the fast engine gives each core members of its own and computes each on one thread: the
+    numbers of a member then depend neither on the cohort nor on how many cores there are.
+
+    Args:
+        recipe: how members are made.
+        cohort: their weights, at whatever stage.
+
+    Attributes:
+        statuses: how training ended; empty before `train`, and for restored members.
+        seconds: wall time of the phases ``init`` and ``train``.
+    """
+
+    def __init__(self, recipe: Recipe, cohort: Cohort) -> None:
+        self.statuses: list[MemberStatus] = []
+        self.seconds: dict[str, float] = {}
+        self._recipe = recipe
+        self._cohort = cohort
+        self._device = cohort.hidden.device
+        self._by_member = self._device.type == "cpu" and recipe.engine == "identity"
+
+    @classmethod
+    def train(cls, recipe: Recipe, indices: Sequence[int], device: torch.device) -> Members:
+        """Members drawn and trained."""
+        members = cls(recipe, _allocate(recipe, indices, device))
+        labels = recipe.labels.T.to(device, recipe.dtype)
+        inverse_kernel = InverseKernel.identity(len(recipe.labels))
+
+        def descend_model(model: IdentityModel | FunctionalModel) -> list[MemberStatus]:
+            return descend(model, labels, recipe.loss, inverse_kernel, recipe.descent)
+
+        members._phase("init", members._cohort.redraw, range(len(indices)))
+        trained = members._phase("train", descend_model, members._models)
+        members.statuses = [status for part in trained for status in part]
+        return members
+
+    @classmethod
+    def restore(
+        cls, recipe: Recipe, indices: Sequence[int], weights: Mapping[str, Tensor], device: torch.device
+    ) -> Members:
+        """Members whose trained weights were kept.
+
+        Args:
+            recipe: how they were made.
+            indices: which members.
+            weights: as from `Cohort.state`.
+            device: where to compute.
+
+        Raises:
+            ValueError: weights of another shape.
+        """
+        cohort = _allocate(recipe, indices, device)
+        cohort.restore(weights)
+        return cls(recipe, cohort)
+
+    def predict(self, inputs: Float[Tensor, "states templates"]) -> Float[Tensor, "members states bits"]:
+        """Every member's outputs at encoded states."""
+        inputs = inputs.to(self._device, self._recipe.dtype)
+        return torch.cat(self._phase("predict", lambda model: model.predict(inputs), self._models))
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the weights, as from `Cohort.state`."""
+        (*_, model) = self._models
+        return model.weights if isinstance(model, FunctionalModel) else self._cohort.state()
+
+    @cached_property
+    def _models(self) -> list[IdentityModel | FunctionalModel]:
+        """What computes; made when the weights are there, for the general engine copies them."""
+        count = len(self._cohort.indices) if self._by_member else 0
+        parts = [self._cohort.member(position) for position in range(count)] or [self._cohort]
+        return [self._model(part) for part in parts]
+
+    def _model(self, part: Cohort) -> IdentityModel | FunctionalModel:
+        low_precision = self._recipe.precision == "bf16-mixed"
+        if self._recipe.engine == "identity":
+            return IdentityModel(part, low_precision=low_precision)
+        eye = torch.eye(len(self._recipe.labels), device=self._device, dtype=self._recipe.dtype)
+        return FunctionalModel(part, eye, low_precision=low_precision)
+
+    def _phase(self, name: str, work: Callable[[T], R], over: Sequence[T]) -> list[R]:
+        started_at = time.perf_counter()
+        with _workers(self._by_member) as pool:
+            # Threads do not inherit inference mode or no_grad; nothing here needs autograd but vjp, which has its own.
+            results = list(pool.map(torch.no_grad()(work), over))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[name] = time.perf_counter() - started_at
+        return results
+
+
+def _allocate(recipe: Recipe, indices: Sequence[int], device: torch.device) -> Cohort:
     templates, bits = recipe.labels.shape
-    cohort = Cohort.allocate(
+    return Cohort.allocate(
         recipe.seed,
         indices,
         recipe.init,
@@ -120,39 +239,6 @@ def train_cohort(
         device=device,
         dtype=recipe.dtype,
     )
-    labels = recipe.labels.T.to(device, recipe.dtype)
-    inputs = inputs.to(device, recipe.dtype)
-    low_precision = recipe.precision == "bf16-mixed"
-    inverse_kernel = InverseKernel.identity(templates)
-
-    def train(part: Cohort) -> tuple[list[MemberStatus], IdentityModel | FunctionalModel]:
-        model: IdentityModel | FunctionalModel
-        if recipe.engine == "identity":
-            model = IdentityModel(part, low_precision=low_precision)
-        else:
-            eye = torch.eye(templates, device=device, dtype=recipe.dtype)
-            model = FunctionalModel(part, eye, low_precision=low_precision)
-        return descend(model, labels, recipe.loss, inverse_kernel, recipe.descent), model
-
-    by_member = device.type == "cpu" and recipe.engine == "identity"
-    parts = [cohort.member(position) for position in range(len(indices))] if by_member else [cohort]
-    seconds: dict[str, float] = {}
-
-    def phase(name: str, work: Callable[[T], R], over: Sequence[T]) -> list[R]:
-        started_at = time.perf_counter()
-        # Threads do not inherit inference mode or no_grad; nothing here needs autograd but vjp, which has its own.
-        results = list(pool.map(torch.no_grad()(work), over))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[name] = time.perf_counter() - started_at
-        return results
-
-    with _workers(by_member) as pool:
-        phase("init", cohort.redraw, range(len(indices)))
-        trained = phase("train", train, parts)
-        predicted = phase("evaluate", lambda pair: pair[1].predict(inputs), trained)
-    statuses = [status for part, _ in trained for status in part]
-    return TrainedCohort(tuple(indices), statuses, torch.cat(predicted), seconds)
 
 
 def _workers(by_member: bool) -> ThreadPoolExecutor:
@@ -174,7 +260,15 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def choose_cohort(recipe: Recipe, states: int, members: int, device: torch.device, wanted: int | None = None) -> int:
+def choose_cohort(
+    recipe: Recipe,
+    states: int,
+    members: int,
+    device: torch.device,
+    wanted: int | None = None,
+    *,
+    processes: int = 1,
+) -> int:
     """How many members to hold at once.
 
     Args:
@@ -183,12 +277,14 @@ def choose_cohort(recipe: Recipe, states: int, members: int, device: torch.devic
         members: how many there are to train.
         device: where.
         wanted: the user's choice, None to choose from the memory that is free.
+        processes: how many there are to be on this machine; on a CPU they share its memory and its cores.
 
     Raises:
         ValueError: not even one member fits, or not as many as ``wanted``.
     """
     each = recipe.member_bytes + states * recipe.labels.shape[1] * (recipe.dtype.itemsize + 8)
-    free = free_memory(device)
+    sharing = processes if device.type == "cpu" else 1
+    free = free_memory(device) // sharing
     fit = free // each
     if fit < 1:
         raise ValueError(
@@ -207,7 +303,7 @@ def choose_cohort(recipe: Recipe, states: int, members: int, device: torch.devic
     budget = int(free * _MEMORY_SHARE.get(device.type, 0.25))
     workers = 1
     if device.type == "cpu":
-        budget, workers = min(budget, _MEMORY_CAP_CPU), cpu_workers()
+        budget, workers = min(budget, _MEMORY_CAP_CPU), max(1, cpu_workers() // sharing)
     size = min(max(budget // each, 1), COHORT_MAX)
     # Whole rounds, so that no core waits; but never more than fit.
     size = max(size // workers * workers, min(workers, fit))

@@ -8,13 +8,14 @@ transposed, so that adding up a few input columns reads contiguous memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 Init = Literal["gaussian", "antisymmetric"]
 """``gaussian``: all weights i.i.d. N(0, 1), the paper's. ``antisymmetric``: the second half of the hidden
@@ -134,6 +135,25 @@ class Cohort:
             "hidden": hidden[:, : self.width].contiguous(),
             "readout": readout[:, :, : self.width].contiguous(),
         }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take weights back from `state`.
+
+        Raises:
+            ValueError: weights of other members, widths, templates or bits.
+        """
+        members, blocks, templates, units = self.hidden.shape
+        bits = self.readout.shape[2]
+        shapes = {"hidden": (members, self.width, templates), "readout": (members, bits, self.width)}
+        for name, shape in shapes.items():
+            if name not in state or tuple(state[name].shape) != shape:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(f"weights {name!r} have shape {found}; expected {shape}")
+        room = blocks * units - self.width
+        hidden = functional.pad(state["hidden"].to(self.hidden), (0, 0, 0, room))
+        readout = functional.pad(state["readout"].to(self.readout), (0, room))
+        self.hidden.copy_(hidden.view(members, blocks, units, templates).transpose(2, 3))
+        self.readout.copy_(readout.view(members, bits, blocks, units).transpose(1, 2))
 
 
 def block_shape(width: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from ntk_ensembles.tasks.evaluation import EvaluationSet
 from ntk_ensembles.tasks.layout import StateLayout
 from ntk_ensembles.tasks.multiplication import Multiplication
 from ntk_ensembles.tasks.permutation import Permutation
-from ntk_ensembles.tasks.registry import TASKS, find_task
+from ntk_ensembles.tasks.registry import TASKS, find_task, task_word
 from ntk_ensembles.tasks.sbn import SBN, Program
 from ntk_ensembles.tasks.templates import Template, TemplateSet
 
@@ -24,4 +24,5 @@ __all__ = [
     "TemplateSet",
     "check_range",
     "find_task",
+    "task_word",
 ]

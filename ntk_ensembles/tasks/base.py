@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -57,6 +57,18 @@ class Task(ABC, Generic[InputT, OutputT]):
     @abstractmethod
     def micro_steps(self, value: InputT) -> int:
         """After so many micro-steps at most the output stands (it may stand earlier, as a fixed point)."""
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Task[InputT, OutputT]:
+        """The task with these `options`.
+
+        Raises:
+            ValueError: an option that the task does not have, or outside its range.
+        """
+        try:
+            return cls(**options)
+        except TypeError as error:
+            raise ValueError(f"task {cls.name!r} cannot be made from {dict(options)}: {error}") from None
 
     @cached_property
     def templates(self) -> TemplateSet:

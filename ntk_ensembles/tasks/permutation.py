@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ntk_ensembles.tasks.base import Task, check_range
@@ -58,6 +58,13 @@ class Permutation(Task[int, int]):
         task.permutation = tuple(permutation)
         task._is_explicit = True
         return task
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Task[int, int]:
+        """The task with these `options`, an explicit permutation among them."""
+        if "permutation" in options:
+            return cls.of(options["permutation"], options["ones"])
+        return super().from_options(options)
 
     @property
     def options(self) -> dict[str, Any]:

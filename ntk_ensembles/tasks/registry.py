@@ -47,6 +47,14 @@ def find_task(word: str) -> type[Task[Any, Any]]:
     return found
 
 
+def task_word(task: Task[Any, Any]) -> str:
+    """The word with which `find_task` finds a task's class again."""
+    for name, known in TASKS.items():
+        if type(task) is known:
+            return name
+    return f"{inspect.getsourcefile(type(task))}:{type(task).__name__}"
+
+
 def _module(path: Path, word: str) -> object:
     """The user's file as a module of its own name, executed once a process."""
     name = f"ntk_ensembles_user_task_{path.resolve().as_posix().encode().hex()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,7 +38,6 @@ class TemplateSet:
     Attributes:
         layout: the fields of the state (m bits).
         templates: the rules, in training-set order.
-        labels: Y, the output bits of each template.
         fan_in: F_j, how many templates set bit j.
 
     Raises:
@@ -50,18 +50,36 @@ class TemplateSet:
         self.layout = layout
         self.templates = tuple(templates)
         self._check()
-        shape = (len(self.templates), layout.bits)
-        self.labels: Bool[Tensor, "templates bits"] = torch.zeros(shape, dtype=torch.bool)
-        # +1 on bits that must be 1, -1 on bits that must be 0: the product with a state reaches the
-        # number of required ones exactly where all conditions hold.
-        self._conditions = torch.zeros(shape, dtype=torch.float32)
+        written = torch.tensor([bit for template in self.templates for bit in template.sets], dtype=torch.int64)
+        self.fan_in: Int[Tensor, " bits"] = torch.bincount(written, minlength=layout.bits)
+
+    @cached_property
+    def labels(self) -> Bool[Tensor, "templates bits"]:
+        """Y, the output bits of each template; made when first asked for, as large machines run without it."""
+        labels = torch.zeros(len(self.templates), self.layout.bits, dtype=torch.bool)
         for row, template in enumerate(self.templates):
-            self.labels[row, list(template.sets)] = True
-            self._conditions[row, list(template.ones)] = 1
-            self._conditions[row, list(template.zeros)] = -1
-        self._required = (self._conditions > 0).sum(1).to(torch.float32)
-        self._labels_float = self.labels.to(torch.float32)
-        self.fan_in: Int[Tensor, " bits"] = self.labels.sum(0)
+            labels[row, list(template.sets)] = True
+        return labels
+
+    @cached_property
+    def _labels_float(self) -> Float[Tensor, "templates bits"]:
+        return self.labels.to(torch.float32)
+
+    @cached_property
+    def _conditions(self) -> Float[Tensor, "templates bits"]:
+        """+1 on bits that must be 1, -1 on bits that must be 0.
+
+        The product with a state reaches the number of required ones exactly where all conditions hold.
+        """
+        conditions = torch.zeros(len(self.templates), self.layout.bits)
+        for row, template in enumerate(self.templates):
+            conditions[row, list(template.ones)] = 1
+            conditions[row, list(template.zeros)] = -1
+        return conditions
+
+    @cached_property
+    def _required(self) -> Float[Tensor, " templates"]:
+        return torch.tensor([float(len(template.ones)) for template in self.templates])
 
     def _check(self) -> None:
         if not self.templates:

@@ -5,9 +5,11 @@ run directory, `run` puts a run together.
 """
 
 from ntk_ensembles.training.convergence import ConvergenceRow, Theory, convergence, ensemble_sizes
-from ntk_ensembles.training.metrics import BitAccuracy, ExactMatch, ExecutionMatch, MemberDeviations, RMSDeviation
+from ntk_ensembles.training.metrics import BitAccuracy, ExactMatch, ExecutionMatch, RMSDeviation
 from ntk_ensembles.training.module import EnsembleModule, MembersDataModule
-from ntk_ensembles.training.run import RunOptions, train
+from ntk_ensembles.training.records import MemberRecords, Records
+from ntk_ensembles.training.run import Interrupted, Run, RunOptions, train
+from ntk_ensembles.training.store import RunStore, SaveError, StoreError
 
 __all__ = [
     "BitAccuracy",
@@ -15,10 +17,16 @@ __all__ = [
     "EnsembleModule",
     "ExactMatch",
     "ExecutionMatch",
-    "MemberDeviations",
+    "Interrupted",
+    "MemberRecords",
     "MembersDataModule",
     "RMSDeviation",
+    "Records",
+    "Run",
     "RunOptions",
+    "RunStore",
+    "SaveError",
+    "StoreError",
     "Theory",
     "convergence",
     "ensemble_sizes",

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 
 class _Share(Metric):
-    """A share of things that are right."""
+    """A share of things that are right.
+
+    Args:
+        options: those of every metric, such as ``sync_on_compute``.
+    """
 
     full_state_update = False
     higher_is_better = True
     right: Tensor
     total: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -90,35 +94,3 @@ class RMSDeviation(Metric):
     def compute(self) -> Tensor:
         """The root mean square, float64; nan before any update."""
         return (self.squares / self.total).sqrt()
-
-
-class MemberDeviations(Metric):
-    """Every member's deviation from the NTK mean on the evaluation states, in float16.
-
-    From these every statistic for every number of members can be computed again without training. It
-    buffers all members: 2 bytes for each member, state and bit (200 MB for 512 members, 1000 states of
-    200 bits). A deviation's rounding is at most 2⁻¹¹ of itself.
-    """
-
-    full_state_update = False
-    indices: list[Tensor]
-    deviations: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("indices", [], dist_reduce_fx="cat")
-        self.add_state("deviations", [], dist_reduce_fx="cat")
-
-    def update(self, indices: Int[Tensor, " members"], deviations: Float[Tensor, "members states bits"]) -> None:
-        """Add members in any order, each once."""
-        self.indices.append(indices.cpu())
-        self.deviations.append(deviations.to(torch.float16).cpu())
-
-    def compute(self) -> tuple[Int[Tensor, " members"], Float[Tensor, "members states bits"]]:
-        """Indices and deviations of all members, sorted by index."""
-        indices = dim_zero_cat(self.indices)
-        deviations = dim_zero_cat(self.deviations)
-        order = indices.argsort()
-        if torch.equal(order, torch.arange(len(order))):
-            return indices, deviations
-        return indices[order], deviations[order]

@@ -2,66 +2,147 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Int
 from lightning import LightningDataModule, LightningModule
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ntk_ensembles.ensemble import Recipe, TrainedCohort, train_cohort
 from ntk_ensembles.training.convergence import Theory
-from ntk_ensembles.training.metrics import MemberDeviations
+from ntk_ensembles.training.records import MemberRecords, Records
 
 
 class EnsembleModule(LightningModule):
     """Streams an ensemble: draws, trains and evaluates one cohort a training step, then drops its weights.
 
     It has no parameters of its own and no optimizer: members live for one step, and the rule that trains
-    them is `descend`. What stays are the members' deviations from the NTK mean.
+    them is `descend`. What stays are their records, which a Lightning checkpoint holds too
+    (``EnsembleModule.load_from_checkpoint(path, recipe=…, theory=…, weights_only=True)``).
 
     Args:
         recipe: how members are made.
         theory: the evaluation states and what infinite width says of them.
+        keep_weights: leave the trained weights in ``cohort``.
+        say: told in one line when memory runs out and a cohort is halved.
 
     Attributes:
-        deviations: of all members that converged; the others are never averaged in.
-        cohort: what the last training step trained; None before the first.
-        cohort_deviations: of all its members, converged or not, as they are kept: in float16.
+        records: of all members so far, in all processes once computed.
+        cohort: what the last training step trained; None before the first and where there was nothing to do.
+        cohort_records: its records.
     """
 
-    def __init__(self, recipe: Recipe, theory: Theory) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        theory: Theory,
+        *,
+        keep_weights: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.recipe = recipe
         self.theory = theory
-        self.deviations = MemberDeviations()
+        self._keep_weights = keep_weights
+        self._say = say
+        self._members_max: int | None = None
+        self.records = MemberRecords(*theory.mean.shape)
         self.cohort: TrainedCohort | None = None
-        self.cohort_deviations = torch.empty(0, *theory.mean.shape, dtype=torch.float16)
+        self.cohort_records = Records.none(*theory.mean.shape)
 
     def configure_optimizers(self) -> None:
         """None: training is `descend`'s."""
 
-    def training_step(self, indices: Int[Tensor, " members"]) -> None:
+    def training_step(self, indices: Sequence[int]) -> None:
         """Train and evaluate the members with these indices."""
-        cohort = train_cohort(self.recipe, indices.tolist(), self.theory.inputs, self.device)
-        self.cohort = cohort
-        self.cohort_deviations = (cohort.predictions.cpu() - self.theory.mean).to(torch.float16)
-        if cohort.converged:
-            self.deviations.update(indices.cpu()[cohort.converged], self.cohort_deviations[cohort.converged])
+        if not indices:
+            self.cohort = None
+            return
+        self.cohort = self._train(list(indices))
+        deviations = (self.cohort.predictions.cpu() - self.theory.mean).to(torch.float16)
+        self.cohort_records = Records.of(self.cohort, deviations)
+        self.records.update(self.cohort_records)
+
+    def _train(self, indices: list[int]) -> TrainedCohort:
+        """The members, as many at once as memory has been seen to hold; they do not depend on it."""
+        size = min(len(indices), self._members_max or len(indices))
+        try:
+            parts = [
+                train_cohort(
+                    self.recipe,
+                    indices[start : start + size],
+                    self.theory.inputs,
+                    self.device,
+                    keep_weights=self._keep_weights,
+                )
+                for start in range(0, len(indices), size)
+            ]
+            return TrainedCohort.join(parts)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise MemoryError(
+                    f"one member of width {self.recipe.width} does not fit the memory of {self.device}; expected a "
+                    "smaller --width"
+                ) from None
+        # Outside the handler, whose exception still holds the tensors of the attempt.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._members_max = size // 2
+        self._say(f"out of memory with {size} members at once; going on with {self._members_max}")
+        return self._train(indices)
 
 
-class MembersDataModule(LightningDataModule):
-    """Member indices 0 … members − 1 in cohorts.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; PyTorch has a type for that on a GPU only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
-    Args:
-        members: how many.
+
+@dataclass(frozen=True)
+class Plan:
+    """What all processes of a run must agree on; the first one decides.
+
+    Attributes:
+        directory: the run's.
+        indices: the members still to be trained.
         cohort: how many at once.
     """
 
-    def __init__(self, members: int, cohort: int) -> None:
-        super().__init__()
-        self._members, self._cohort = members, cohort
+    directory: str
+    indices: tuple[int, ...]
+    cohort: int
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        """Cohorts in order."""
-        return DataLoader(torch.arange(self._members), batch_size=self._cohort)  # type: ignore[arg-type]
+
+class MembersDataModule(LightningDataModule):
+    """Cohorts of member indices, dealt out to the processes; every process gets as many, the last ones may be empty.
+
+    Args:
+        plan: the first process's; the others' is replaced by it.
+
+    Attributes:
+        plan: the agreed one.
+    """
+
+    def __init__(self, plan: Plan | None) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def setup(self, stage: str) -> None:
+        """Agree on the plan."""
+        assert self.trainer is not None
+        self.plan = self.trainer.strategy.broadcast(self.plan)
+
+    def train_dataloader(self) -> DataLoader[list[int]]:
+        """This process's cohorts, in order."""
+        assert self.trainer is not None
+        assert self.plan is not None
+        indices, size = self.plan.indices, self.plan.cohort
+        cohorts = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        cohorts += [[] for _ in range(-len(cohorts) % world)]
+        return DataLoader(cohorts[rank::world], batch_size=None, collate_fn=list)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ class MemberProgress(Callback):
     """Shows members done, time left and how training goes.
 
     Args:
-        members: how many there will be.
+        members: how many this process will train.
         console: where to.
     """
 
@@ -52,7 +52,8 @@ class MemberProgress(Callback):
     ) -> None:
         """Count a cohort."""
         assert isinstance(pl_module, EnsembleModule)
-        assert pl_module.cohort is not None
+        if pl_module.cohort is None:
+            return
         statuses = pl_module.cohort.statuses
         self._done += len(statuses)
         self._failed += sum(not status.converged for status in statuses)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
+import signal
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+import yaml
+from lightning import Callback, Trainer
 from rich.console import Console
 
 from ntk_ensembles.ensemble import (
@@ -27,12 +31,26 @@ from ntk_ensembles.ensemble import (
     Recipe,
     choose_cohort,
 )
-from ntk_ensembles.tasks import EvaluationSet, Task, check_range
+from ntk_ensembles.tasks import EvaluationSet, Task, check_range, find_task, task_word
 from ntk_ensembles.training.convergence import Theory
-from ntk_ensembles.training.module import EnsembleModule, MembersDataModule
+from ntk_ensembles.training.module import EnsembleModule, MembersDataModule, Plan
+from ntk_ensembles.training.processes import (
+    MembersLauncher,
+    MembersStrategy,
+    devices_of_launcher,
+    is_lost_peer,
+    nodes_of_launcher,
+    process_rank,
+)
 from ntk_ensembles.training.progress import MemberProgress
-from ntk_ensembles.training.recorder import RunRecorder, write_atomically
+from ntk_ensembles.training.recorder import Gather, RunRecorder
+from ntk_ensembles.training.records import Records
 from ntk_ensembles.training.report import report
+from ntk_ensembles.training.results import leave_results
+from ntk_ensembles.training.store import RunStore, StoreError, difference, identity, lock
+
+WEIGHTS_BUDGET = 1 << 30
+"""Bytes of weights that ``--keep-weights auto`` keeps at most."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +96,26 @@ class RunOptions:
     engine: Engine = "identity"
     """The fast path for templates as training inputs, or the general one of torch.func, as a check."""
 
+    first_member: int = 0
+    """Index of the first member; jobs of an array train parts of one ensemble, for ntk-ensembles merge."""
+
+    keep_weights: Literal["auto", "all", "none"] = "auto"
+    """Keep trained weights: all, none, or auto, which keeps them if they take at most 1 GiB together. Members whose
+    weights are not kept are redrawn and retrained when they are needed again."""
+
+    devices: int | None = None
+    """Processes on this machine, each with members (and, on GPUs, a device) of its own; by default as many as
+    torchrun or SLURM started, otherwise 1. Results do not depend on it."""
+
+    num_nodes: int | None = None
+    """Machines with so many processes each; by default as many as torchrun or SLURM started, otherwise 1."""
+
     out: str | None = None
     """Directory for what the run leaves: a new or empty one. By default a fresh one under runs/."""
+
+    resume: str | None = None
+    """Directory of a run to go on with: members that it lacks are trained. Its options hold; what may be given is
+    --ensemble to grow it, and what numbers do not depend on."""
 
     def __post_init__(self) -> None:
         """Refuse what no run can use.
@@ -93,6 +129,12 @@ class RunOptions:
         check_range("evaluation_states", self.evaluation_states, 1, 1_000_000)
         check_range("evaluation_seed", self.evaluation_seed, 0, (1 << 63) - 1)
         check_range("steps", self.steps, 1, 100_000)
+        check_range("first_member", self.first_member, 0, 1 << 30)
+        for name, value in (("devices", self.devices), ("num_nodes", self.num_nodes)):
+            if value is not None:
+                check_range(name, value, 1, 4096)
+        if self.out is not None and self.resume is not None:
+            raise ValueError("--out and --resume: expected one of them; a resumed run stays where it is")
         if self.cohort is not None:
             check_range("cohort", self.cohort, 1, 1 << 20)
         if not 0 < self.tolerance < 1:
@@ -103,28 +145,128 @@ class RunOptions:
             raise ValueError("--accelerator gpu: PyTorch sees no GPU here; expected auto or cpu")
 
 
-def train(
-    task: Task[Any, Any], options: RunOptions, config: str | None = None, console: Console | None = None
-) -> dict[str, Any]:
-    """Train and judge an ensemble, show progress, and leave a run directory (DESIGN §6).
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run that was begun: what is learned, how, and where it lies.
 
-    Args:
-        task: what to learn.
+    Attributes:
+        task: what is learned.
         options: how.
-        config: the resolved configuration as YAML, to be saved as ``config.yaml``.
-        console: where to show progress and the final table.
-
-    Returns:
-        The content of ``results.json``.
-
-    Raises:
-        ValueError: an option that this machine or this task cannot satisfy; nothing has been computed
-            or written.
-        KeyboardInterrupt: Ctrl-C; finished cohorts are in the run's checkpoints.
+        store: its directory.
     """
-    console = console or Console()
-    device = torch.device("cuda" if options.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-    recipe = Recipe(
+
+    task: Task[Any, Any]
+    options: RunOptions
+    store: RunStore
+
+    @classmethod
+    def open(cls, directory: Path) -> Run:
+        """The run in a directory.
+
+        Raises:
+            StoreError: there is none, it is damaged, or the task's code has changed since.
+        """
+        run = cls._read(directory)
+        run.check(run.task, run.options)
+        return run
+
+    @classmethod
+    def _read(cls, directory: Path) -> Run:
+        """The run as its files tell it, not yet compared with the code."""
+        store = RunStore.open(directory)
+        path = directory / "config.yaml"
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            word, given = str(config.pop("task")), {name: config.pop(name) for name in _RECORDED}
+        except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            raise StoreError(f"{path}: is damaged ({error!r}); expected the options of the run") from None
+        try:
+            return cls(find_task(word).from_options(config), RunOptions(**given), store)
+        except ValueError as error:
+            raise StoreError(f"{path}: {error}") from None
+
+    @classmethod
+    def begin(cls, task: Task[Any, Any], options: RunOptions, word: str, directory: Path) -> Run:
+        """A new run in an empty directory."""
+        manifest = _identity(task, options)
+        run = cls(task, options, RunStore.create(directory, manifest))
+        run.write_config(word)
+        return run
+
+    def write_config(self, word: str) -> None:
+        """Record the options, as `--config` and `--resume` take them back."""
+        recorded = {name: getattr(self.options, name) for name in _RECORDED}
+        values = {"task": word, **self.task.options, **recorded}
+        self.store.write_text("config.yaml", yaml.safe_dump(values, sort_keys=False))
+
+    def check(self, task: Task[Any, Any], options: RunOptions) -> None:
+        """Refuse options under which members would not be this run's.
+
+        Raises:
+            StoreError: names the difference.
+        """
+        found = difference(_identity(task, options), self.store.manifest)
+        if found is not None:
+            raise StoreError(f"{self.store.directory}: {found}; a run that goes on can change only --ensemble, to grow")
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How members are made."""
+        return _recipe(self.task, self.options)
+
+    @cached_property
+    def theory(self) -> Theory:
+        """The run's own evaluation states and what infinite width says of them."""
+        return Theory(self.task, _evaluation(self.task, self.options), self.options.init)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its members are trained."""
+        return torch.device(self.store.manifest["device"])
+
+    @property
+    def planned(self) -> range:
+        """All its members, trained or not."""
+        return range(self.options.first_member, self.options.first_member + self.options.ensemble)
+
+    def records(self) -> Records:
+        """Of all finished members.
+
+        Raises:
+            StoreError: a checkpoint is damaged, or two have a member in common.
+        """
+        parts = self.store.load()
+        try:
+            return Records.join([Records.none(*self.theory.mean.shape), *parts])
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(f"{self.store.directory}/checkpoints: {error}; move one of the files away") from None
+
+    def leave_results(self, records: Records, seconds_total: float) -> dict[str, Any]:
+        """Write ``results.json``, the figure and the charts for the members so far; returns the results."""
+        return leave_results(
+            self.store,
+            self.task,
+            self.theory,
+            records,
+            members_planned=len(self.planned),
+            dtype=self.recipe.dtype,
+            device=self.device,
+            seconds_total=seconds_total,
+        )
+
+
+_NOT_RECORDED = ("out", "resume", "devices", "num_nodes", "cohort", "accelerator")
+"""Options that hold for one session."""
+_RECORDED = tuple(name for name in RunOptions.__dataclass_fields__ if name not in _NOT_RECORDED)
+
+
+@functools.lru_cache(maxsize=2)
+def _evaluation(task: Task[Any, Any], options: RunOptions) -> EvaluationSet:
+    return EvaluationSet.sample(task, options.evaluation_states, options.evaluation_seed)
+
+
+def _recipe(task: Task[Any, Any], options: RunOptions) -> Recipe:
+    return Recipe(
         task.templates.labels.to(torch.float32),
         options.width,
         options.init,
@@ -134,51 +276,210 @@ def train(
         options.engine,
         DescentOptions(options.tolerance, options.steps),
     )
-    cohort = choose_cohort(recipe, options.evaluation_states, options.ensemble, device, options.cohort)
-    directory = prepare_directory(options.out, task.name)
-    theory = Theory(task, EvaluationSet.sample(task, options.evaluation_states, options.evaluation_seed), options.init)
-    if config is not None:
-        write_atomically(directory / "config.yaml", lambda path: path.write_text(config, encoding="utf-8"))
 
-    description = {
-        "seed": options.seed,
-        "evaluation_seed": options.evaluation_seed,
-        "width": options.width,
-        "members": options.ensemble,
-        "init": options.init,
-        "loss": options.loss,
-        "precision": options.precision,
-        "tolerance": options.tolerance,
-    }
-    states = len(theory.evaluation)
-    console.print(
-        f"{task!r}: {len(task.templates)} templates, {task.layout.bits} bits. {options.ensemble} members of width "
-        f"{options.width} on {device.type}, {cohort} at a time, judged on {states} states.",
-        highlight=False,
+
+def _device(options: RunOptions) -> torch.device:
+    return torch.device("cuda" if options.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _identity(task: Task[Any, Any], options: RunOptions) -> dict[str, Any]:
+    return identity(
+        task,
+        _recipe(task, options),
+        _evaluation(task, options),
+        options.evaluation_states,
+        options.evaluation_seed,
+        _device(options),
     )
-    recorder = RunRecorder(directory, task, description)
+
+
+def train(
+    task: Task[Any, Any], options: RunOptions, console: Console | None = None, word: str | None = None
+) -> dict[str, Any]:
+    """Train and judge an ensemble, or go on with one, show progress, and leave a run directory (DESIGN §6).
+
+    Args:
+        task: what to learn.
+        options: how.
+        console: where to show progress and the final table.
+        word: how the command line named the task, for ``config.yaml``.
+
+    Returns:
+        The content of ``results.json``; in other processes than the first, nothing.
+
+    Raises:
+        ValueError: an option that this machine, this task or the run to go on with cannot satisfy; nothing has
+            been computed or written. `StoreError` is one.
+        SaveError: the disk is full or cannot be written.
+        MemoryError: not even one member fits.
+        Interrupted: Ctrl-C, or a process died; finished cohorts are kept and the results so far written.
+    """
+    started_at = time.perf_counter()
+    word = word or task_word(task)
+    if process_rank():
+        # The first process decides and speaks.
+        _fit(task, options, None, None, Console(quiet=True), 1)
+        return {}
+    console = console or Console()
+    device = _device(options)
+    processes = options.devices or devices_of_launcher()
+    recipe = _recipe(task, options)
+    cohort = choose_cohort(
+        recipe, options.evaluation_states, options.ensemble, device, options.cohort, processes=processes
+    )
+    with _begun(task, options, word) as run:
+        earlier = run.records()
+        done = set(earlier.indices.tolist())
+        missing = tuple(index for index in run.planned if index not in done)
+        keep_weights, decision = _keeping(options, recipe)
+        states = len(run.theory.evaluation)
+        console.print(
+            f"{task!r}: {len(task.templates)} templates, {task.layout.bits} bits. {options.ensemble} members of width "
+            f"{options.width} on {device.type}, {cohort} at a time"
+            + (f" in each of {processes} processes" if processes > 1 else "")
+            + f", judged on {states} states. {decision}"
+            + (f" {len(done)} members are there already." if done else ""),
+            highlight=False,
+        )
+        if missing:
+            plan = Plan(str(run.store.directory), missing, cohort)
+            try:
+                records = _fit(task, options, run, plan, console, processes, earlier, keep_weights)
+            except Stopped as stopped:
+                # Ctrl-C reaches the program again: Lightning ignores it from the first one on.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                so_far = run.records()
+                if len(so_far):
+                    report(run.leave_results(so_far, time.perf_counter() - started_at), run.store.directory, console)
+                raise Interrupted(stopped.reason, run.store.directory, len(so_far), options.ensemble) from None
+        else:
+            records = earlier
+        results = run.leave_results(records, time.perf_counter() - started_at)
+        report(results, run.store.directory, console)
+    return results
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run has ended early; what it had finished is kept.
+
+    Args:
+        reason: why, in a few words.
+        directory: the run's.
+        members: how many are finished.
+        planned: how many there should be.
+    """
+
+    def __init__(self, reason: str, directory: Path, members: int, planned: int) -> None:
+        super().__init__(
+            f"{reason}; {members} of {planned} members are finished and kept. Go on with --resume {directory}"
+        )
+
+
+class Stopped(Exception):
+    """Training has stopped before its end."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@contextmanager
+def _begun(task: Task[Any, Any], options: RunOptions, word: str) -> Iterator[Run]:
+    """A new run, or the one to go on with, locked."""
+    if options.resume is None:
+        directory = prepare_directory(options.out, task.name)
+        with lock(directory):
+            yield Run.begin(task, options, word, directory)
+        return
+    directory = Path(options.resume)
+    before = Run._read(directory)
+    before.check(task, options)
+    if options.first_member != before.options.first_member:
+        raise StoreError(
+            f"{directory}: --first-member is {options.first_member} here and {before.options.first_member} there"
+        )
+    if options.ensemble < before.options.ensemble:
+        raise StoreError(
+            f"{directory}: --ensemble {options.ensemble}: it has {before.options.ensemble} members; expected at least "
+            "as many"
+        )
+    with lock(directory):
+        run = Run(task, options, before.store)
+        run.write_config(word)
+        yield run
+
+
+def _keeping(options: RunOptions, recipe: Recipe) -> tuple[bool, str]:
+    """Whether weights are kept, and the decision in words."""
+    templates, bits = recipe.labels.shape
+    size = options.ensemble * recipe.width * (templates + bits) * recipe.dtype.itemsize
+    keep = options.keep_weights == "all" or (options.keep_weights == "auto" and size <= WEIGHTS_BUDGET)
+    amount = f"{size / 2**30:.1f} GiB" if size >= 1 << 27 else f"{size / 2**20:.1f} MiB"
+    return keep, f"Weights are kept ({amount})." if keep else f"Weights are not kept (they would take {amount})."
+
+
+def _fit(
+    task: Task[Any, Any],
+    options: RunOptions,
+    run: Run | None,
+    plan: Plan | None,
+    console: Console,
+    processes: int,
+    earlier: Records | None = None,
+    keep_weights: bool | None = None,
+) -> Records:
+    """Train the planned members, in this process and the others, and gather the records of all."""
+    recipe = _recipe(task, options)
+    theory = run.theory if run else Theory(task, _evaluation(task, options), options.init)
+    if keep_weights is None:
+        keep_weights, _ = _keeping(options, recipe)
+    module = EnsembleModule(recipe, theory, keep_weights=keep_weights, say=console.print)
+    if earlier is not None:
+        module.records.update(earlier)
+    nodes = options.num_nodes or nodes_of_launcher()
+    devices = options.devices or devices_of_launcher()
+    gathered = Gather()
+    share = len(plan.indices) if plan else 0
+    callbacks: list[Callback] = [RunRecorder(earlier), gathered]
+    if run is not None:
+        callbacks.append(MemberProgress(-(-share // (devices * nodes)), console))
     with _quiet_lightning():
         trainer = Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1,
+            accelerator="gpu" if _device(options).type == "cuda" else "cpu",
+            devices=devices,
+            num_nodes=nodes,
+            strategy=MembersStrategy() if devices * nodes > 1 else "auto",
+            use_distributed_sampler=False,
             precision=options.precision,
             max_epochs=1,
-            logger=TensorBoardLogger(directory, name="", version="tensorboard"),
-            callbacks=[MemberProgress(options.ensemble, console), recorder],
+            logger=False,
+            callbacks=callbacks,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        launcher = trainer.strategy.launcher
         try:
-            trainer.fit(EnsembleModule(recipe, theory), MembersDataModule(options.ensemble, cohort))
+            trainer.fit(module, datamodule=MembersDataModule(plan))
         except SystemExit:
             # Lightning ends the program on Ctrl-C; what to say then is the command's to decide.
-            if trainer.interrupted:
-                raise KeyboardInterrupt from None
-            raise
-    assert recorder.results is not None
-    report(recorder.results, directory, console)
-    return recorder.results
+            if not trainer.interrupted:
+                raise
+            died = getattr(launcher, "died", None)
+            raise Stopped("interrupted" if died is None else f"a process died (exit status {died})") from None
+        except RuntimeError as error:
+            # A collective fails in the first process when another one dies.
+            if devices * nodes == 1 or not is_lost_peer(error):
+                raise
+            raise Stopped("a process died") from None
+        finally:
+            if isinstance(launcher, MembersLauncher) and trainer.interrupted:
+                launcher.end_children()
+    # What follows is the first process's alone, and its metrics should not wait for the others.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    assert gathered.records is not None
+    return gathered.records
 
 
 def prepare_directory(out: str | None, task: str) -> Path:

@@ -1,9 +1,11 @@
 """Cohorts: independent of their size, and sized by the memory there is."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from ntk_ensembles.ensemble import Engine, Recipe, choose_cohort, train_cohort
+from ntk_ensembles.ensemble import Engine, Init, Members, Recipe, TrainedCohort, choose_cohort, train_cohort
 from ntk_ensembles.tasks import Addition, EvaluationSet
 from ntk_ensembles.training import Theory
 
@@ -12,8 +14,8 @@ TASK = Addition(3)
 THEORY = Theory(TASK, EvaluationSet.sample(TASK, 200, 0))
 
 
-def recipe(width: int = 1100, engine: Engine = "identity") -> Recipe:
-    return Recipe(TASK.templates.labels.float(), width, seed=5, engine=engine)
+def recipe(width: int = 1100, engine: Engine = "identity", init: Init = "gaussian") -> Recipe:
+    return Recipe(TASK.templates.labels.float(), width, init, seed=5, engine=engine)
 
 
 def test_predictions_are_the_same_to_the_bit_in_every_cohort() -> None:
@@ -56,3 +58,24 @@ def test_trained_members_have_the_theorys_mean_and_variance() -> None:
     # 64 members each; the finite width adds about 2%.
     assert scores.square().mean().sqrt() == pytest.approx(1, abs=0.06)
     assert scores.mean(0).square().mean().sqrt() == pytest.approx(1 / 8, abs=0.04)
+
+
+@pytest.mark.parametrize("changes", [{}, {"engine": "functional"}, {"init": "antisymmetric"}])
+def test_members_restored_from_kept_weights_predict_the_same_to_the_bit(changes: dict[str, Any]) -> None:
+    trained = train_cohort(recipe(**changes), range(3), THEORY.inputs, CPU, keep_weights=True)
+    assert trained.weights is not None
+    restored = Members.restore(recipe(**changes), range(3), trained.weights, CPU)
+    assert torch.equal(restored.predict(THEORY.inputs), trained.predictions)
+    with pytest.raises(ValueError, match="weights 'hidden' have shape"):
+        Members.restore(recipe(128, **changes), range(3), trained.weights, CPU)
+
+
+def test_joined_parts_are_one_cohort() -> None:
+    whole = train_cohort(recipe(), range(4), THEORY.inputs, CPU, keep_weights=True)
+    parts = [train_cohort(recipe(), part, THEORY.inputs, CPU, keep_weights=True) for part in ((0, 1), (2, 3))]
+    joined = TrainedCohort.join(parts)
+    assert joined.indices == whole.indices
+    assert torch.equal(joined.predictions, whole.predictions)
+    assert joined.weights is not None
+    assert whole.weights is not None
+    assert all(torch.equal(joined.weights[name], whole.weights[name]) for name in whole.weights)

@@ -10,7 +10,6 @@ from ntk_ensembles.training import (
     BitAccuracy,
     ExactMatch,
     ExecutionMatch,
-    MemberDeviations,
     RMSDeviation,
     Theory,
     convergence,
@@ -62,18 +61,6 @@ def test_rms_deviation() -> None:
     metric.reset()
     metric.update(torch.zeros(1, 2))
     assert float(metric.compute()) == 0
-
-
-def test_member_deviations_are_sorted_and_survive_a_state_dict() -> None:
-    metric = MemberDeviations()
-    values = torch.arange(12.0).view(3, 2, 2) / 16
-    metric.update(torch.tensor([4, 2]), values[[2, 1]])
-    metric.update(torch.tensor([0]), values[[0]])
-    indices, deviations = metric.compute()
-    assert indices.tolist() == [0, 2, 4]
-    assert torch.equal(deviations, values.half())
-    metric.reset()
-    assert metric.indices == []
 
 
 @pytest.mark.parametrize(("members", "sizes"), [(0, []), (1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])

@@ -1,0 +1,43 @@
+"""What a number may depend on beside the configuration."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory taken so far, in bytes: on the GPU by tensors, otherwise by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment(device: torch.device, dtype: str) -> dict[str, Any]:
+    """Device, types and versions, as ``results.json`` records them."""
+    packages = ("torch", "lightning", "torchmetrics", "ntk-ensembles")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_type": device.type,
+        "cpu_threads": torch.get_num_threads(),
+        "dtypes": {"weights": dtype.removeprefix("torch."), "stored_deviations": "float16"},
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _cpu_name() -> str:
+    """The processor's model where the system tells it, otherwise its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
