@@ -475,9 +475,9 @@ def _fit(
         finally:
             if isinstance(launcher, MembersLauncher) and trainer.interrupted:
                 launcher.end_children()
-    # What follows is the first process's alone, and its metrics should not wait for the others.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+            # What follows is the first process's alone, and its metrics should not wait for the others.
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
     assert gathered.records is not None
     return gathered.records
 

@@ -1,0 +1,339 @@
+"""Resumed, grown, merged, interrupted and spread-out runs end with the numbers of one run; damage is refused."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ntk_ensembles.cli.main import main
+from ntk_ensembles.cli.train import train_command
+from ntk_ensembles.ensemble import cohort_training
+from ntk_ensembles.training import module as module_of_training
+from ntk_ensembles.training import store as store_of_runs
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--task", "addition", "--bits", "3", "--width", "256", "--evaluation-states", "40", "--tolerance", "1e-4"]
+
+
+def numbers(directory: Path) -> dict[str, Any]:
+    """Everything in results.json that does not tell of time or of the machine."""
+    results: dict[str, Any] = json.loads((directory / "results.json").read_text())
+    results["training"].pop("seconds")
+    results["training"].pop("peak_memory_bytes")
+    results["environment"].pop("cpu_threads")
+    return results
+
+
+def run(directory: Path, *arguments: str) -> dict[str, Any]:
+    assert train_command([*SMALL, *arguments, "--out", str(directory)]) == 0
+    return numbers(directory)
+
+
+def resume(directory: Path, *arguments: str) -> dict[str, Any]:
+    assert train_command(["--resume", str(directory), *arguments]) == 0
+    return numbers(directory)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 2) -> str:
+    capsys.readouterr()
+    assert main(arguments) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six members in cohorts of two, never interrupted."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    run(directory, "--ensemble", "6", "--cohort", "2")
+    return directory
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def shard(directory: Path, position: int = 1) -> Path:
+    return sorted((directory / "checkpoints").glob("members-*"))[position]
+
+
+def test_a_run_without_some_cohorts_is_completed(whole: Path, copy: Path) -> None:
+    shard(copy).unlink()
+    (copy / "results.json").unlink()
+    assert resume(copy, "--cohort", "1") == numbers(whole)
+
+
+def test_a_finished_run_has_nothing_to_train(whole: Path, copy: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copy.glob("checkpoints/*")}
+    assert resume(copy) == numbers(whole)
+    assert {path: path.stat().st_mtime_ns for path in copy.glob("checkpoints/*")} == before
+
+
+def test_a_grown_run_trains_only_the_new_members(whole: Path, tmp_path: Path) -> None:
+    run(tmp_path / "grown", "--ensemble", "4", "--cohort", "3")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "grown").glob("checkpoints/*")}
+    assert resume(tmp_path / "grown", "--ensemble", "6") == numbers(whole)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "grown").glob("checkpoints/*")}
+    assert before.items() < after.items()
+    # The grown size is the run's own from now on.
+    assert resume(tmp_path / "grown")["members"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--width", "128"], "--width is 128 here and 256 there"),
+        (["--seed", "9"], "--seed is 9 here and 0 there"),
+        (["--bits", "4"], "--bits is 4 here and 3 there"),
+        (["--evaluation-states", "41"], "--evaluation-states is 41 here and 40 there"),
+        (["--evaluation-seed", "2"], "--evaluation-seed is 2 here and 0 there"),
+        (["--init", "antisymmetric"], "--init is antisymmetric here and gaussian there"),
+        (["--task", "sbn"], "--task is sbn here and addition there"),
+        (["--ensemble", "5"], "it has 6 members; expected at least"),
+        (["--first-member", "3"], "--first-member is 3 here and 0 there"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(
+    copy: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert says in complaint(capsys, ["train", "--resume", str(copy), *arguments])
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_no_run_to_go_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is no run directory" in complaint(capsys, ["train", "--resume", str(tmp_path / "nowhere")])
+    assert "is no run directory" in complaint(capsys, ["train", "--resume", str(tmp_path)])
+
+
+def test_parts_are_merged_into_what_one_run_gives(whole: Path, tmp_path: Path) -> None:
+    run(tmp_path / "a", "--ensemble", "2")
+    run(tmp_path / "b", "--ensemble", "4", "--first-member", "2", "--cohort", "3")
+    assert main(["merge", str(tmp_path / "b"), str(tmp_path / "a"), "--out", str(tmp_path / "c")]) == 0
+    assert numbers(tmp_path / "c") == numbers(whole)
+    # It is a run like any other: it can grow.
+    assert resume(tmp_path / "c", "--ensemble", "7")["members"] == 7
+
+
+def test_a_gap_between_merged_parts_is_filled_by_going_on(whole: Path, tmp_path: Path) -> None:
+    run(tmp_path / "a", "--ensemble", "2")
+    run(tmp_path / "b", "--ensemble", "2", "--first-member", "4")
+    assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
+    assert (numbers(tmp_path / "c")["members"], numbers(tmp_path / "c")["members_planned"]) == (4, 6)
+    assert resume(tmp_path / "c") == numbers(whole)
+
+
+def test_what_cannot_be_merged(whole: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "merged")]
+    assert "member 0 is in" in complaint(capsys, ["merge", str(whole), str(copy), *out])
+    run(tmp_path / "seed", "--ensemble", "1", "--first-member", "6", "--seed", "1")
+    assert "--seed is 1 here and 0 there" in complaint(capsys, ["merge", str(whole), str(tmp_path / "seed"), *out])
+    assert "expected at least 2" in complaint(capsys, ["merge", str(whole), *out])
+    assert not (tmp_path / "merged").exists()
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "bit-flipped":
+        content[-5] ^= 16
+        path.write_bytes(content)
+    elif how == "foreign":
+        save_file({"x": torch.zeros(3)}, path)
+    else:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        save_file(tensors, path, {**metadata, "format": "99"})
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "bit-flipped", "foreign", "future"])
+def test_a_damaged_checkpoint_is_refused_and_can_be_trained_again(
+    how: str, whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shard(copy)
+    damage(path, how)
+    line = complaint(capsys, ["train", "--resume", str(copy)])
+    assert str(path) in line
+    assert ("newer version" if how == "future" else "--resume trains its members again") in line
+    assert str(path) in complaint(capsys, ["merge", str(whole), str(copy)])
+    path.unlink()
+    assert resume(copy) == numbers(whole)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_flipped_bit_goes_unnoticed(seed: int, whole: Path, copy: Path) -> None:
+    path = shard(copy)
+    content = bytearray(path.read_bytes())
+    position = random.Random(seed).randrange(8 * len(content))
+    content[position // 8] ^= 1 << position % 8
+    path.write_bytes(content)
+    store = store_of_runs.RunStore.open(copy)
+    try:
+        found = store.load()
+    except store_of_runs.StoreError:
+        return
+    # A bit of the header's padding, say: then nothing that was read is different.
+    expected = store_of_runs.RunStore.open(whole).load()
+    for left, right in zip(found, expected, strict=True):
+        assert all(torch.equal(vars(left)[name], vars(right)[name]) for name in vars(left))
+
+
+def test_a_damaged_or_future_manifest_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "format": 99}))
+    assert "newer version" in complaint(capsys, ["train", "--resume", str(copy)])
+    path.write_text(path.read_text()[:50])
+    assert "is damaged" in complaint(capsys, ["train", "--resume", str(copy)])
+
+
+def test_a_directory_in_use_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with store_of_runs.lock(copy):
+        assert "another process is writing there" in complaint(capsys, ["train", "--resume", str(copy)])
+
+
+def test_out_of_memory_halves_the_cohort_and_changes_no_number(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_cohort = cohort_training.train_cohort
+
+    def with_room_for_one(recipe: Any, indices: list[int], *rest: Any, **options: Any) -> Any:
+        if len(indices) > 1:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return train_cohort(recipe, indices, *rest, **options)
+
+    monkeypatch.setattr(module_of_training, "train_cohort", with_room_for_one)
+    assert run(tmp_path / "run", "--ensemble", "6", "--cohort", "6") == numbers(whole)
+    printed = capsys.readouterr().out
+    assert "out of memory with 6 members at once; going on with 3" in printed
+    assert "out of memory with 3 members at once; going on with 1" in printed
+
+
+def test_one_member_that_does_not_fit_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_room(*arguments: Any, **options: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(module_of_training, "train_cohort", without_room)
+    arguments = ["train", *SMALL, "--ensemble", "2", "--out", str(tmp_path / "run")]
+    assert "one member of width 256 does not fit" in complaint(capsys, arguments, status=1)
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_last_checkpoint(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved: list[Path] = []
+    save = store_of_runs.save_file
+
+    def until_full(tensors: Any, path: Path, metadata: Any) -> None:
+        if len(saved) == 2:
+            path.write_bytes(b"half a file")
+            raise OSError(28, "No space left on device")
+        save(tensors, path, metadata)
+        saved.append(path)
+
+    monkeypatch.setattr(store_of_runs, "save_file", until_full)
+    arguments = [*SMALL, "--ensemble", "6", "--cohort", "2", "--out", str(tmp_path / "run")]
+    line = complaint(capsys, ["train", *arguments], status=1)
+    assert "No space left on device" in line
+    assert "members-000002-000003.safetensors" in line
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "members-000000-000001.safetensors"
+    ]
+    assert resume(tmp_path / "run") == numbers(whole)
+
+
+def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=directory,
+    )
+
+
+def wait_for(directory: Path, shards: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(directory.glob("checkpoints/members-*"))) < shards:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killed_runs_go_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(tmp_path, *SMALL, "--ensemble", "100000", "--cohort", "2", "--out", str(out))
+    wait_for(out, 2)
+    process.kill()
+    process.communicate()
+    # So many members are not wanted: the run is cut back to what an uninterrupted one of six has.
+    for path in sorted(out.glob("checkpoints/members-*"))[2:]:
+        path.unlink()
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace("ensemble: 100000", "ensemble: 6"))
+    assert resume(out) == numbers(whole)
+
+
+def test_ctrl_c_writes_the_results_so_far_and_says_how_to_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(tmp_path, *SMALL, "--ensemble", "100000", "--cohort", "2", "--out", str(out))
+    wait_for(out, 2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert f"Go on with --resume {out}" in errors
+    results = numbers(out)
+    assert results["members"] == 2 * len(list(out.glob("checkpoints/members-*")))
+    assert results["members_planned"] == 100000
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_numbers_of_one(processes: int, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["--ensemble", "6", "--cohort", "2" if processes == 2 else "1", "--devices", str(processes)]
+    process = start(tmp_path, *SMALL, *arguments, "--out", str(out))
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert numbers(out) == numbers(whole)
+
+
+def children(process: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True, check=False)
+    return [int(line) for line in found.stdout.split()]
+
+
+def test_a_process_that_dies_ends_the_run_and_another_number_of_them_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(tmp_path, *SMALL, "--ensemble", "100000", "--cohort", "1", "--devices", "2", "--out", str(out))
+    wait_for(out, 4)
+    (child,) = children(process.pid)
+    os.kill(child, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "a process died" in errors.splitlines()[-1]
+    finished = len(list(out.glob("checkpoints/members-*")))
+    assert numbers(out)["members"] == finished >= 4
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace("ensemble: 100000", f"ensemble: {finished + 2}"))
+    resume(out)
+    indices = sorted(i for part in store_of_runs.RunStore.open(out).load() for i in part.indices.tolist())
+    assert indices[: finished + 2] == list(range(finished + 2))
