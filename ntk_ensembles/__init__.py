@@ -8,6 +8,7 @@ learned, `ensemble` trains members that approach them, `training` runs and measu
 """
 
 from ntk_ensembles.ensemble import Cohort, Recipe, TwoLayerMLP, train_cohort
+from ntk_ensembles.reuse import Ensemble
 from ntk_ensembles.tasks import SBN, TASKS, Addition, EvaluationSet, Multiplication, Permutation, Task
 from ntk_ensembles.theory import TemplatePredictor
 from ntk_ensembles.training import EnsembleModule, RunOptions, Theory, convergence, train
@@ -17,6 +18,7 @@ __all__ = [
     "TASKS",
     "Addition",
     "Cohort",
+    "Ensemble",
     "EnsembleModule",
     "EvaluationSet",
     "Multiplication",

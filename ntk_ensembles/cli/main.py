@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, str] = {
     "train": "train an ensemble, as train.py does",
+    "evaluate": "judge a run again: other states, decoder or numbers of members",
     "merge": "one run from several that trained different members",
     "certify": "what is exact, and with how many members, before any training",
     "validate": "every input of a task by the NTK mean, compared with arithmetic",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,7 +107,9 @@ def ensemble_sizes(members: int) -> list[int]:
     return sorted({1 << i for i in range(members.bit_length())} | {members}) if members else []
 
 
-def convergence(theory: Theory, deviations: Float[Tensor, "members states bits"]) -> list[ConvergenceRow]:
+def convergence(
+    theory: Theory, deviations: Float[Tensor, "members states bits"], sizes: Sequence[int] | None = None
+) -> list[ConvergenceRow]:
     """Means and spreads over all disjoint groups of N consecutive members, for every N.
 
     Members that do not fill a last group are left out of that N. Sums of groups are taken in float32.
@@ -114,8 +117,9 @@ def convergence(theory: Theory, deviations: Float[Tensor, "members states bits"]
     Args:
         theory: of the same evaluation states.
         deviations: of members in the order of their indices, any float dtype.
+        sizes: the N, each from 1 to the number of members; by default those of `ensemble_sizes`.
     """
-    return [_row(theory, deviations, n) for n in ensemble_sizes(len(deviations))]
+    return [_row(theory, deviations, n) for n in sizes or ensemble_sizes(len(deviations))]
 
 
 def _row(theory: Theory, deviations: Tensor, members: int) -> ConvergenceRow:

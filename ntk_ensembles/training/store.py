@@ -176,7 +176,7 @@ class RunStore:
 
     def files(self) -> list[Path]:
         """The files of finished cohorts: weights first, then the records with which they count."""
-        return [*self._files("weights"), *self._files("checkpoints")]
+        return [*self.weight_files(), *self._files("checkpoints")]
 
     def _files(self, folder: str) -> list[Path]:
         return sorted((self.directory / folder).glob("members-*.safetensors"))
@@ -196,14 +196,30 @@ class RunStore:
                 raise StoreError(f"{path}: has no {error}; {_REMEDY}") from None
         return found
 
-    def weights(self) -> Iterator[dict[str, Tensor]]:
-        """Cohort by cohort ``indices``, ``hidden`` and ``readout`` as in `TwoLayerMLP`, members' axis in front.
+    def weight_files(self) -> list[Path]:
+        """The files of kept weights."""
+        return self._files("weights")
+
+    def members_of(self, path: Path) -> list[int]:
+        """Which members a file is about, without reading the rest of it.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                indices: list[int] = file.get_tensor("indices").tolist()
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{path}: is damaged ({error}); {_REMEDY}") from None
+        return indices
+
+    def load_weights(self, path: Path) -> dict[str, Tensor]:
+        """``indices``, ``hidden`` and ``readout`` as in `TwoLayerMLP`, with the members' axis in front.
 
         Raises:
             StoreError: as for `load`.
         """
-        for path in self._files("weights"):
-            yield self._load(path)
+        return self._load(path)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the directory.

@@ -1,0 +1,213 @@
+"""A trained ensemble, taken from its run directory: predict, execute, judge again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from ntk_ensembles.ensemble import Members, choose_cohort
+from ntk_ensembles.ensemble.cohort_training import free_memory
+from ntk_ensembles.tasks import Task
+from ntk_ensembles.theory import Decoder, decode, margins, thresholds
+from ntk_ensembles.theory.execution import RunResult, StepResult
+from ntk_ensembles.training import Run, StoreError
+
+_STATES_AT_ONCE = 1024
+_MEMORY_SHARE = 0.5
+"""Of the memory that is free when the ensemble is loaded, so much is taken by members at most."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Members that are brought into memory together.
+
+    Attributes:
+        indices: which.
+        make: brings them.
+    """
+
+    indices: tuple[int, ...]
+    make: Callable[[], Members]
+
+
+class Ensemble:
+    """The mean over a run's converged members.
+
+    Members come from kept weights or, where these were not kept, are redrawn and retrained from their seeds, to the
+    same bits on the same type of device. They stay in memory if they fit half of what is free when they are loaded;
+    otherwise every prediction brings them again, cohort by cohort.
+
+    Attributes:
+        origin: the run.
+        members: the indices of the members whose mean this is.
+    """
+
+    def __init__(self, origin: Run, parts: Sequence[_Part]) -> None:
+        self.origin = origin
+        self.members = tuple(sorted(index for part in parts for index in part.indices))
+        self._parts = parts
+        self._predictor = origin.theory.predictor
+        fits = len(self.members) * origin.recipe.member_bytes <= _MEMORY_SHARE * free_memory(origin.device)
+        self._resident = [part.make() for part in parts] if fits else None
+
+    @classmethod
+    def load(
+        cls, directory: str | Path, *, members: int | None = None, progress: Callable[[int], None] = lambda done: None
+    ) -> Ensemble:
+        """The ensemble of a run directory.
+
+        Args:
+            directory: of a run, finished or not.
+            members: only the first so many converged members.
+            progress: told how many members have just been brought into memory.
+
+        Raises:
+            StoreError: no such run, a damaged one, one without converged members, or fewer than ``members``.
+        """
+        run = Run.open(Path(directory))
+        records = run.records()
+        wanted = records.indices[records.converged].tolist()
+        if members is not None:
+            if not 1 <= members <= len(wanted):
+                raise StoreError(f"{directory}: {members} members: expected 1 to {len(wanted)}, as many have converged")
+            wanted = wanted[:members]
+        if not wanted:
+            raise StoreError(f"{directory}: has no converged member")
+        if run.device.type == "cuda" and not torch.cuda.is_available():
+            raise StoreError(f"{directory}: was trained on a GPU; its members are other ones on a CPU")
+        parts = list(_kept(run, set(wanted), progress))
+        retrained = without_weights(run, wanted)
+        if retrained:
+            size = choose_cohort(run.recipe, _STATES_AT_ONCE, len(retrained), run.device)
+            parts += [
+                _retraining(run, tuple(retrained[start : start + size]), progress)
+                for start in range(0, len(retrained), size)
+            ]
+        return cls(run, parts)
+
+    @property
+    def task(self) -> Task[Any, Any]:
+        """What was learned."""
+        return self.origin.task
+
+    def member_predictions(
+        self, states: Bool[Tensor, "states bits"]
+    ) -> Iterator[tuple[tuple[int, ...], Float64[Tensor, "members states bits"]]]:
+        """Cohort by cohort, which members and their outputs."""
+        inputs = self._predictor.templates.encode(self._predictor.templates.matches(states))
+        resident = self._resident or (part.make() for part in self._parts)
+        for part, cohort in zip(self._parts, resident, strict=True):
+            yield part.indices, cohort.predict(inputs).to("cpu", torch.float64)
+
+    def predict(self, states: Bool[Tensor, "states bits"]) -> Float64[Tensor, "states bits"]:
+        """The mean over members of the outputs."""
+        means = []
+        for chunk in torch.split(states, _STATES_AT_ONCE):
+            sums = [outputs.sum(0) for _, outputs in self.member_predictions(chunk)]
+            means.append(torch.stack(sums).sum(0) / len(self.members))
+        return torch.cat(means) if means else torch.empty(states.shape, dtype=torch.float64)
+
+    def step(self, states: Bool[Tensor, "states bits"], decoder: Decoder = "midpoint") -> StepResult:
+        """One micro-step of every state: the decoded mean.
+
+        Args:
+            states: where from.
+            decoder: how the mean is read.
+
+        Raises:
+            ValueError: an unknown decoder.
+        """
+        templates = self._predictor.templates
+        matches = templates.matches(states)
+        matched = matches.sum(1)
+        levels = thresholds(decoder, self._predictor, matched)
+        mean = self.predict(states)
+        truth = templates.counts(matches) > 0
+        decoded = decode(mean, levels)
+        smallest = margins(mean, levels, truth).min(1).values.masked_fill(matched == 0, torch.inf)
+        return StepResult(decoded, smallest, (decoded == truth).all(1))
+
+    def run(self, states: Bool[Tensor, "states bits"], micro_steps: int, decoder: Decoder = "midpoint") -> RunResult:
+        """A closed loop of so many micro-steps: each decoded mean is the next state.
+
+        Raises:
+            ValueError: a negative number of micro-steps or an unknown decoder.
+        """
+        if micro_steps < 0:
+            raise ValueError(f"{micro_steps} micro-steps: expected at least 0")
+        smallest = torch.full((len(states),), torch.inf, dtype=torch.float64)
+        agreed = torch.ones(len(states), dtype=torch.bool)
+        current = states.clone()
+        moving = torch.arange(len(states))
+        for _ in range(micro_steps):
+            if not len(moving):
+                break
+            step = self.step(current[moving], decoder)
+            smallest[moving] = torch.minimum(smallest[moving], step.margins)
+            agreed[moving] &= step.agreed
+            changed = (step.successors != current[moving]).any(1)
+            current[moving] = step.successors
+            # A fixed point stays one.
+            moving = moving[changed]
+        return RunResult(current, smallest, agreed)
+
+    def execute(self, inputs: Sequence[Any], decoder: Decoder = "midpoint") -> list[Any]:
+        """The ensemble's outputs for inputs of the task, such as pairs of numbers for addition.
+
+        Raises:
+            ValueError: an input that does not fit the task, or an unknown decoder.
+        """
+        if not inputs:
+            return []
+        states = torch.stack([self.task.layout.pack(self.task.fields(value)) for value in inputs])
+        micro_steps = [self.task.micro_steps(value) for value in inputs]
+        results: list[Any] = [None] * len(inputs)
+        for steps in sorted(set(micro_steps)):
+            rows = [row for row, own in enumerate(micro_steps) if own == steps]
+            finals = self.run(states[rows], steps, decoder).states
+            for row, final in zip(rows, finals, strict=True):
+                results[row] = self.task.output(self.task.layout.unpack(final))
+        return results
+
+
+def without_weights(run: Run, members: Iterable[int]) -> list[int]:
+    """Those of a run's members whose weights it has not kept, so that they have to be trained again."""
+    kept = {index for path in run.store.weight_files() for index in run.store.members_of(path)}
+    return [index for index in members if index not in kept]
+
+
+def _kept(run: Run, wanted: set[int], progress: Callable[[int], None]) -> Iterator[_Part]:
+    """The members whose weights are in the run directory."""
+    for path in run.store.weight_files():
+        indices = run.store.members_of(path)
+        rows = [row for row, index in enumerate(indices) if index in wanted]
+        if rows:
+            yield _restoring(run, path, rows, tuple(indices[row] for row in rows), progress)
+
+
+def _restoring(
+    run: Run, path: Path, rows: list[int], indices: tuple[int, ...], progress: Callable[[int], None]
+) -> _Part:
+    def make() -> Members:
+        weights = run.store.load_weights(path)
+        chosen = {name: weights[name][rows] for name in ("hidden", "readout")}
+        members = Members.restore(run.recipe, indices, chosen, run.device)
+        progress(len(indices))
+        return members
+
+    return _Part(indices, make)
+
+
+def _retraining(run: Run, indices: tuple[int, ...], progress: Callable[[int], None]) -> _Part:
+    def make() -> Members:
+        members = Members.train(run.recipe, indices, run.device)
+        progress(len(indices))
+        return members
+
+    return _Part(indices, make)

@@ -1,0 +1,152 @@
+"""Ensembles taken from run directories: their mean against plain networks, their executions against integers."""
+
+import dataclasses
+import itertools
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from ntk_ensembles import SBN, Addition, Ensemble, EvaluationSet, Permutation, RunOptions, TwoLayerMLP, train
+from ntk_ensembles.tasks import Program
+from ntk_ensembles.theory.execution import NTKExecutor
+from ntk_ensembles.training import Run, StoreError
+
+QUIET = Console(quiet=True)
+OPTIONS = RunOptions(width=600, ensemble=8, evaluation_states=60, tolerance=1e-6, cohort=3)
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("added") / "run"
+    train(Addition(3), dataclasses.replace(OPTIONS, out=str(directory)), QUIET)
+    return directory
+
+
+@pytest.fixture
+def without_weights(added: Path, tmp_path: Path) -> Path:
+    directory = Path(shutil.copytree(added, tmp_path / "copy"))
+    shutil.rmtree(directory / "weights")
+    return directory
+
+
+def states_of(task: Addition, count: int = 100) -> torch.Tensor:
+    return EvaluationSet.sample(task, count, 3).states
+
+
+def test_the_mean_is_that_of_plain_networks(added: Path) -> None:
+    ensemble = Ensemble.load(added)
+    task = Addition(3)
+    states = states_of(task)
+    inputs = task.templates.encode(task.templates.matches(states)).float()
+    store = Run.open(added).store
+    outputs = []
+    for path in store.weight_files():
+        weights = store.load_weights(path)
+        for hidden, readout in zip(weights["hidden"], weights["readout"], strict=True):
+            network = TwoLayerMLP(len(task.templates), task.layout.bits, 600)
+            network.load_state_dict({"hidden": hidden, "readout": readout})
+            outputs.append(network(inputs).detach().double())
+    assert len(outputs) == len(ensemble.members) == 8
+    # float32 sums of 600 terms.
+    torch.testing.assert_close(ensemble.predict(states), torch.stack(outputs).mean(0), rtol=0, atol=1e-6)
+
+
+def test_retrained_members_are_the_kept_ones_to_the_bit(added: Path, without_weights: Path) -> None:
+    states = states_of(Addition(3))
+    kept = dict(row for pair in Ensemble.load(added).member_predictions(states) for row in zip(*pair, strict=True))
+    again = Ensemble.load(without_weights)
+    found = dict(row for pair in again.member_predictions(states) for row in zip(*pair, strict=True))
+    assert sorted(kept) == sorted(found) == list(range(8))
+    assert all(torch.equal(kept[index], found[index]) for index in kept)
+
+
+def test_partly_kept_weights_and_the_first_few_members(added: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(added, tmp_path / "copy"))
+    sorted((directory / "weights").iterdir())[1].unlink()
+    states = states_of(Addition(3))
+    torch.testing.assert_close(Ensemble.load(directory).predict(states), Ensemble.load(added).predict(states))
+    few = Ensemble.load(directory, members=2)
+    assert few.members == (0, 1)
+    for wrong in (0, 9):
+        with pytest.raises(StoreError, match="expected 1 to 8"):
+            Ensemble.load(directory, members=wrong)
+
+
+def test_damaged_weights_are_refused(added: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(added, tmp_path / "copy"))
+    path = sorted((directory / "weights").iterdir())[0]
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="checksum"):
+        Ensemble.load(directory)
+
+
+def test_it_adds(added: Path) -> None:
+    pairs = list(itertools.product(range(8), range(8)))
+    assert Ensemble.load(added).execute(pairs) == [p + q for p, q in pairs]
+    assert Ensemble.load(added).execute([]) == []
+
+
+def test_a_step_tells_margins_and_agreement(added: Path) -> None:
+    task = Addition(3)
+    ensemble = Ensemble.load(added)
+    evaluation = EvaluationSet.sample(task, 100, 5)
+    zero = torch.zeros(1, task.layout.bits, dtype=torch.bool)
+    step = ensemble.step(torch.cat([evaluation.states, zero]))
+    assert torch.equal(step.successors[:-1], evaluation.successors)
+    assert step.agreed.all()
+    assert step.margins[-1] == torch.inf
+    # The limit's margins, give or take the spread of eight members of width 600.
+    limit = NTKExecutor(task.templates).step(evaluation.states)
+    assert (step.margins > 0).all()
+    some = limit.margins.isfinite()
+    assert torch.equal(step.margins[:-1].isfinite(), some)
+    assert float((step.margins[:-1] - limit.margins)[some].abs().max()) < 0.1
+    one = Ensemble.load(added, members=1).step(evaluation.states, "sign")
+    wrong = (one.successors != evaluation.successors).any(1)
+    assert wrong.any()
+    assert torch.equal(one.agreed, ~wrong)
+    assert torch.equal(one.margins < 0, wrong)
+
+
+def test_it_permutes(tmp_path: Path) -> None:
+    task = Permutation.of([2, 0, 1, 4, 3])
+    train(task, dataclasses.replace(OPTIONS, out=str(tmp_path / "run")), QUIET)
+    words = list(range(32))
+    assert Ensemble.load(tmp_path / "run").execute(words) == [task.reference(word) for word in words]
+
+
+def test_it_runs_programs_of_the_computer(tmp_path: Path) -> None:
+    task = SBN(4, 3)
+    options = dataclasses.replace(OPTIONS, width=2048, ensemble=16, out=str(tmp_path / "run"))
+    train(task, options, QUIET)
+    generator = random.Random(1)
+    programs = []
+    for _ in range(30):
+        memory = tuple(generator.randrange(-4, 4) for _ in range(4))
+        state = dataclasses.replace(task.machine.load([0]), memory=memory, pc=generator.randrange(4))
+        programs.append(Program(state, 5, "random"))
+    assert Ensemble.load(tmp_path / "run").execute(programs) == [task.reference(program) for program in programs]
+
+
+def test_too_little_memory_brings_members_again_for_every_prediction(
+    added: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = states_of(Addition(3))
+    expected = Ensemble.load(added).predict(states)
+    brought: list[int] = []
+    monkeypatch.setattr("ntk_ensembles.reuse.free_memory", lambda device: 1000)
+    ensemble = Ensemble.load(added, progress=brought.append)
+    assert brought == []
+    assert torch.equal(ensemble.predict(states), expected)
+    assert sum(brought) == 8
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is no run directory"):
+        Ensemble.load(tmp_path)
