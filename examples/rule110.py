@@ -115,19 +115,19 @@ def main() -> None:
     """Draw the space-time diagram of a run's ensemble."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("run", type=Path, help="a run directory of train.py --task examples/rule110.py:Rule110")
-    parser.add_argument("--generations", type=int, default=128, help="rows below the first")
+    parser.add_argument("--generations", type=int, default=64, help="rows below the first")
     parser.add_argument("--out", type=Path, default=Path("rule110.png"), help="picture to write")
     options = parser.parse_args()
     rows = space_time(options.run, options.generations)
     task = Rule110(cells=rows.shape[1])
     last = task.reference((1 << (task.cells - 1), options.generations))
     same = task.layout.unpack(rows[-1])["ring"] == last
-    figure = Figure(figsize=(4, 4 * len(rows) / task.cells + 0.6), layout="constrained")
+    figure = Figure(figsize=(4, 4 * len(rows) / task.cells + 0.3))
     axes = figure.subplots()
-    axes.imshow(rows, cmap="binary", interpolation="nearest")
+    axes.imshow(rows.numpy(), cmap="binary", interpolation="nearest")
     axes.set(xlabel="cell", ylabel="generation")
-    axes.set_title(f"Rule 110 by a trained ensemble: {'exact' if same else 'wrong'} after {options.generations}")
-    figure.savefig(options.out, dpi=150)
+    axes.set_title("Rule 110, computed by a trained ensemble", fontsize="medium")
+    figure.savefig(options.out, dpi=120, bbox_inches="tight")
     print(f"generation {options.generations} is {'exactly' if same else 'not'} Rule 110's; drawn to {options.out}")
 
 

@@ -1,6 +1,8 @@
 """`ntk-ensembles certify`, and tasks from a user's own file, as a user runs them."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,14 +58,20 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in printed
 
 
-def test_a_users_own_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_own_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = certificate(capsys, "--task", RULE110, "--cells", "6", "--generations", "4")
     assert found["task"] == {"name": "rule110", "cells": 6, "generations": 4}
     assert (found["templates"], found["fan_in"]["max"]) == (30, 5)
-    small = ["--width", "512", "--ensemble", "4", "--evaluation-states", "20", "--tolerance", "1e-4"]
+    small = ["--width", "1024", "--ensemble", "16", "--evaluation-states", "20", "--tolerance", "1e-4"]
     assert train_command(["--task", RULE110, "--cells", "6", *small, "--out", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["task"]["name"] == "rule110"
+    picture = tmp_path / "rule110.png"
+    command = ["rule110.py", str(tmp_path / "run"), "--generations", "12", "--out", str(picture)]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(f"{ROOT}/examples/rule110.py", run_name="__main__")
+    assert "generation 12 is exactly Rule 110's" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_rule_110_is_rule_110() -> None:
