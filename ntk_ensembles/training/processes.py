@@ -74,6 +74,18 @@ class MembersLauncher(_SubprocessScriptLauncher):
                 continue
 
 
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, so that it does not write beside a run that goes on."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def process_rank() -> int:
     """0 in the first process of a run, and where there is only one."""
     return int(getattr(rank_zero_only, "rank", 0) or 0)

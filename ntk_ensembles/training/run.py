@@ -38,6 +38,7 @@ from ntk_ensembles.training.processes import (
     MembersLauncher,
     MembersStrategy,
     devices_of_launcher,
+    end_with_parent,
     is_lost_peer,
     nodes_of_launcher,
     process_rank,
@@ -188,9 +189,9 @@ class Run:
     @classmethod
     def begin(cls, task: Task[Any, Any], options: RunOptions, word: str, directory: Path) -> Run:
         """A new run in an empty directory."""
-        manifest = _identity(task, options)
-        run = cls(task, options, RunStore.create(directory, manifest))
+        run = cls(task, options, RunStore(directory, _identity(task, options)))
         run.write_config(word)
+        run.store.begin()
         return run
 
     def write_config(self, word: str) -> None:
@@ -318,6 +319,7 @@ def train(
     word = word or task_word(task)
     if process_rank():
         # The first process decides and speaks.
+        end_with_parent()
         _fit(task, options, None, None, Console(quiet=True), 1)
         return {}
     console = console or Console()
@@ -405,6 +407,7 @@ def _begun(task: Task[Any, Any], options: RunOptions, word: str) -> Iterator[Run
         )
     with lock(directory):
         run = Run(task, options, before.store)
+        run.store.sweep()
         run.write_config(word)
         yield run
 
@@ -503,7 +506,8 @@ def prepare_directory(out: str | None, task: str) -> Path:
     path = Path(str(out))
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        # A session that was killed before it had begun may have left hidden files.
+        if any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise ValueError(f"--out {out}: is not empty; expected a new or an empty directory")
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(13, "permission denied")

@@ -30,6 +30,8 @@ from ntk_ensembles.ensemble import Recipe
 from ntk_ensembles.tasks import EvaluationSet, Task, TemplateSet
 from ntk_ensembles.training.records import Records
 
+_MANIFEST = "manifest.json"
+
 FORMAT = 1
 """Of everything in the directory; a later version that cannot read it raises it."""
 
@@ -116,23 +118,20 @@ class RunStore:
 
     def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
         self.directory = directory
-        self.manifest = manifest
-        self._run = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        # As JSON gives it back: tuples become lists.
+        self.manifest: dict[str, Any] = json.loads(json.dumps(manifest))
+        self._run = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
-    @classmethod
-    def create(cls, directory: Path, manifest: dict[str, Any]) -> RunStore:
-        """Begin a run in a directory that exists.
+    def begin(self) -> None:
+        """Write the manifest, with which the run counts as begun.
 
         Raises:
             StoreError: another run is there.
-            SaveError: the manifest cannot be written.
+            SaveError: it cannot be written.
         """
-        if (directory / "manifest.json").exists():
-            raise StoreError(f"{directory}: holds a run already; expected a new or an empty directory")
-        # As JSON gives it back: tuples become lists.
-        store = cls(directory, json.loads(json.dumps(manifest)))
-        store.write_text("manifest.json", json.dumps(manifest, indent=2) + "\n")
-        return store
+        if (self.directory / _MANIFEST).exists():
+            raise StoreError(f"{self.directory}: holds a run already; expected a new or an empty directory")
+        self.write_text(_MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
 
     @classmethod
     def open(cls, directory: Path) -> RunStore:
@@ -141,27 +140,17 @@ class RunStore:
         Raises:
             StoreError: no run is there, or one that this version cannot read.
         """
-        path = directory / "manifest.json"
+        path = directory / _MANIFEST
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             version = int(manifest["format"])
         except FileNotFoundError:
-            raise StoreError(f"{directory}: is no run directory (it has no manifest.json)") from None
+            raise StoreError(f"{directory}: is no run directory (it has no {_MANIFEST})") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{path}: is damaged ({error}); the run cannot be used without it") from None
         if version > FORMAT:
             raise StoreError(f"{path}: was written by a newer version (format {version}, this one reads {FORMAT})")
         return cls(directory, manifest)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes out while this one writes; the system lets go when the process ends, however it ends.
-
-        Raises:
-            StoreError: another process is writing there.
-        """
-        with lock(self.directory):
-            yield
 
     def save(self, records: Records, weights: Mapping[str, Tensor] | None = None) -> None:
         """Keep a cohort: its weights, if any, and then its records, with which it counts as finished.
@@ -197,8 +186,18 @@ class RunStore:
         return found
 
     def weight_files(self) -> list[Path]:
-        """The files of kept weights."""
-        return self._files("weights")
+        """The files of finished cohorts' kept weights."""
+        finished = {path.name for path in self._files("checkpoints")}
+        return [path for path in self._files("weights") if path.name in finished]
+
+    def sweep(self) -> None:
+        """Remove what a session that was killed has left half done; only for the process that holds the lock."""
+        finished = {path.name for path in self._files("checkpoints")}
+        left = [path for path in self._files("weights") if path.name not in finished]
+        for folder in (".", "checkpoints", "weights", "figures"):
+            left += (path for path in (self.directory / folder).glob(".*.*") if path.is_file())
+        for path in left:
+            path.unlink(missing_ok=True)
 
     def members_of(self, path: Path) -> list[int]:
         """Which members a file is about, without reading the rest of it.

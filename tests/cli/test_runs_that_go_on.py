@@ -337,3 +337,24 @@ def test_a_process_that_dies_ends_the_run_and_another_number_of_them_goes_on(tmp
     resume(out)
     indices = sorted(i for part in store_of_runs.RunStore.open(out).load() for i in part.indices.tolist())
     assert indices[: finished + 2] == list(range(finished + 2))
+
+
+def test_what_a_killed_session_left_half_done_is_not_taken_for_finished(whole: Path, copy: Path) -> None:
+    """Killed between a cohort's weights and its records, and in the middle of a file."""
+    path = shard(copy)
+    (copy / "checkpoints" / f".{path.name}.abc").write_bytes(path.read_bytes()[:100])
+    path.unlink()
+    orphan = copy / "weights" / path.name
+    store = store_of_runs.RunStore.open(copy)
+    assert orphan.is_file()
+    assert orphan not in store.weight_files()
+    assert resume(copy, "--cohort", "1") == numbers(whole)
+    assert sorted(i for file in store.weight_files() for i in store.members_of(file)) == [0, 1, 2, 3, 4, 5]
+    assert not orphan.exists()
+    assert not list(copy.glob("*/.*.*"))
+
+
+def test_a_session_killed_before_it_had_begun_can_be_repeated(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert run(tmp_path / "run", "--ensemble", "6") == numbers(whole)
