@@ -100,7 +100,7 @@ def compare(python: str, rounds: int, folder: Path) -> dict[str, Any]:
 
     from ntk_ensembles import SBN, Addition, EvaluationSet, Multiplication, TemplatePredictor
     from ntk_ensembles.theory.execution import NTKExecutor
-    from ntk_ensembles.training.recorder import environment
+    from ntk_ensembles.training.environment import environment
 
     process = subprocess.Popen(
         [python, __file__, "--peer"],

@@ -26,7 +26,7 @@ from ntk_ensembles import SBN, TemplatePredictor
 from ntk_ensembles.tasks import Program
 from ntk_ensembles.theory import decode, margins, thresholds
 from ntk_ensembles.theory.execution import NTKExecutor
-from ntk_ensembles.training.recorder import environment as recorded_environment
+from ntk_ensembles.training.environment import environment as recorded_environment
 
 SIZES = ((16, 8), (32, 8))
 BATCH = 16384
