@@ -12,6 +12,7 @@ COMMANDS: dict[str, str] = {
     "merge": "one run from several that trained different members",
     "certify": "what is exact, and with how many members, before any training",
     "validate": "every input of a task by the NTK mean, compared with arithmetic",
+    "run": "programs of the one-instruction computer, on the NTK limit or on trained networks",
 }
 """Subcommands by name; ``NAME_command`` in the module of that name, imported only when it is used."""
 

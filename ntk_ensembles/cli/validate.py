@@ -272,7 +272,8 @@ def _show(validation: Validation, results: Row, out: Console) -> None:
         # In a narrow terminal no digit may be lost.
         table.add_column(heading, justify="left" if heading == "decoder" else "right", overflow="fold")
     for row in results["rows"]:
-        common = [_count(row[key], row.get("distinct_exact", True)) for key in validation.columns]
+        estimates = () if row.get("distinct_exact", True) else ("distinct_states", "predictions")
+        common = [f"≈ {row[key]:.4g}" if key in estimates else f"{row[key]:,}" for key in validation.columns]
         for decoder, tally in row["tallies"].items():
             name = f"{decoder} + {tally['padding']:,}" if tally["padding"] else decoder
             smallest = [_margin(tally["smallest_margin_ones"]), _margin(tally["smallest_margin_zeros"])]
@@ -307,10 +308,6 @@ def _remarks(validation: Validation, results: Row) -> list[str]:
             "reads 0 and is right; a finite ensemble decodes such a bit by a coin."
         )
     return lines
-
-
-def _count(number: int, exact: bool) -> str:
-    return f"{number:,}" if exact else f"≈ {number:,}"
 
 
 def _margin(margin: float | None) -> str:

@@ -11,7 +11,7 @@ import pytest
 from ntk_ensembles.cli import validate
 from ntk_ensembles.cli.main import main
 from ntk_ensembles.tasks import SBN, Addition, Template
-from ntk_ensembles.validation import Inputs
+from ntk_ensembles.validation import Inputs, exhaustive
 
 
 def validated(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict[str, Any]:
@@ -52,6 +52,16 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         "distinct states times bits",
     ):
         assert words in printed
+
+
+def test_estimates_are_marked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what is estimated, where there is no room to count all states."""
+    monkeypatch.setattr(exhaustive, "CAPACITY", 512)
+    assert main(["validate", "--task", "multiplication", "--max-bits", "4", "--decode", "midpoint"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 16 116 94 2,068 midpoint 0" in printed
+    assert "4 256 4,653 ≈ " in printed
+    assert "Numbers with ≈ are estimates" in printed
 
 
 def test_one_decoder(capsys: pytest.CaptureFixture[str]) -> None:

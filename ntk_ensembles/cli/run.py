@@ -1,0 +1,455 @@
+"""`ntk-ensembles run`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ntk_ensembles.cli.parsing import OneLineParser
+from ntk_ensembles.cli.progress import WorkProgress
+from ntk_ensembles.cli.terminal import console
+from ntk_ensembles.reuse import Ensemble
+from ntk_ensembles.sbn import Assembly, Branch, Machine, cells_for, find_program, library, load_program
+from ntk_ensembles.sbn.execution import Batch, Execution, Executor
+from ntk_ensembles.sbn.watch import Watch, memory_table
+from ntk_ensembles.tasks.base import check_range
+from ntk_ensembles.tasks.sbn import SBN, Program
+from ntk_ensembles.theory.execution import NTKExecutor
+from ntk_ensembles.training import Run, StoreError
+
+_DESCRIPTION = (
+    "Execute programs of the one-instruction computer, micro-step by micro-step, on the NTK limit or on a trained "
+    "ensemble, and compare every bit with the interpreter. The quickest look: gcd --watch. Exit status 0 if every "
+    "program has halted without a wrong bit, 1 if not, 2 for bad input."
+)
+_WORD = 8
+_BRANCH: Branch = "negative"
+_CELLS_MIN, _CELLS_MAX = 4, 256
+_INSTRUCTIONS_MAX = 1_000_000_000
+_SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_UPDATES = 20.0, 0.2
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """On what machine and backend to run, and what to show."""
+
+    backend: str = "ntk"
+    """interpreter; ntk, the mean of the infinitely wide ensemble; or the directory of a run of train.py --task sbn."""
+
+    cells: int | None = None
+    """Memory cells, a power of two, 4 to 256. By default as few as hold the programs; those of the run."""
+
+    word: int | None = None
+    """Bits of a cell, 2 to 16. By default 8; those of the run."""
+
+    branch: Branch | None = None
+    """Branch if the result is negative (SBN, the default), or negative or zero (SUBLEQ). By default the run's."""
+
+    members: int | None = None
+    """With the directory of a run: only so many of its members, from the first; by default all that converged."""
+
+    max_instructions: int = 10_000
+    """Instructions after which a program that has not halted is stopped, 1 to 1000000000."""
+
+    json: bool = False
+    """Print a JSON object instead of a text."""
+
+    batch: str | None = None
+    """File of JSON lines with memory, pc, max_instructions, to be run side by side; - for standard input. Prints JSON
+    lines, as several PROGRAMs do."""
+
+    watch: bool = False
+    """Show memory, pc and the current instruction as it goes."""
+
+    delay: float = 0.2
+    """With --watch in a terminal: seconds to wait after each instruction, 0 to 60."""
+
+    trace: str | None = None
+    """File for the state after every micro-step, as JSON lines."""
+
+    figure: str | None = None
+    """File for a picture (PNG) of the state over time with the decision margin."""
+
+    tensorboard: str | None = None
+    """Directory for the same picture and all margins, as TensorBoard events."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can use.
+
+        Raises:
+            ValueError: an option outside its range; the message names it.
+        """
+        check_range("max_instructions", self.max_instructions, 1, _INSTRUCTIONS_MAX)
+        if not 0 <= self.delay <= 60:
+            raise ValueError(f"--delay {self.delay}: expected seconds from 0 to 60")
+        if self.trained and not Path(self.backend).is_dir():
+            raise ValueError(f"--backend {self.backend}: expected interpreter, ntk, or the directory of a run")
+        if self.members is not None and not self.trained:
+            raise ValueError("--members: expected the directory of a run as --backend")
+        if self.records and self.backend == "interpreter":
+            raise ValueError(f"--{self.records[0]}: the interpreter has no micro-steps; expected another --backend")
+        if self.figure is not None and not self.figure.endswith(".png"):
+            raise ValueError(f"--figure {self.figure}: expected a name that ends in .png")
+        for flag, name in (("trace", self.trace), ("figure", self.figure)):
+            if name is not None and (Path(name).is_dir() or not Path(name).parent.is_dir()):
+                raise ValueError(f"--{flag} {name}: expected a file, in a directory that exists")
+        if self.tensorboard is not None and Path(self.tensorboard).exists() and not Path(self.tensorboard).is_dir():
+            raise ValueError(f"--tensorboard {self.tensorboard}: is a file; expected a directory")
+
+    @property
+    def trained(self) -> bool:
+        """Whether the backend is a trained ensemble."""
+        return self.backend not in ("interpreter", "ntk")
+
+    @property
+    def records(self) -> list[str]:
+        """The options that need every micro-step to be kept."""
+        return [name for name in ("trace", "figure", "tensorboard") if getattr(self, name) is not None]
+
+
+@dataclass(frozen=True)
+class _Backend:
+    """What executes: the interpreter where ``executor`` is None."""
+
+    executor: Executor | None
+    description: str
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A program to run, and what its source says of it."""
+
+    program: Program
+    assembly: Assembly
+
+
+def run_command(arguments: Sequence[str] | None = None, prog: str = "ntk-ensembles run") -> int:
+    """Execute programs; exit status 0 if all halted without a wrong bit, 1 if not, 2 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(prog)
+    values = vars(parser.parse_args(_one_setting_each(arguments)))
+    names, settings = values.pop("program"), values.pop("set") or []
+    try:
+        try:
+            options = ExecutionOptions(**values)
+            _check_together(options, names, settings)
+            task, jobs = _load_programs(options, names, settings) if options.batch is None else _load_lines(options)
+            backend = _open_backend(options, task)
+        except ValueError as error:
+            parser.error(str(error))
+        if options.batch is not None or len(jobs) > 1:
+            return _run_many(task, backend, jobs)
+        return _run_one(task, backend, jobs[0], options)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except (OSError, StoreError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser(prog: str) -> OneLineParser:
+    names = ", ".join(sorted({program.name for program in library()}))
+    parser = OneLineParser(prog=prog, description=_DESCRIPTION, epilog=f"Programs of the library: {names}.")
+    parser.add_argument(
+        "program",
+        nargs="*",
+        default=[],
+        help="A program of the library, or a file: assembly (.asm), or decimal words (.dec, .sq). Several are run side "
+        "by side and print JSON lines.",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="LABEL=VALUE",
+        action="append",
+        help="Put a word into memory before the start, at a label, label+1 or an address. Takes several.",
+    )
+    parser.add_options(ExecutionOptions)
+    parser.finish()
+    return parser
+
+
+def _one_setting_each(arguments: Sequence[str]) -> list[str]:
+    """``--set x=1 y=2`` as ``--set x=1 --set y=2``, and all else as it is."""
+    spread: list[str] = []
+    for position, argument in enumerate(arguments):
+        follows = position >= 2 and spread[-2] == "--set" and re.fullmatch(r"[A-Za-z0-9_][-+A-Za-z0-9_]*=.*", argument)
+        spread += ["--set", argument] if follows else [argument]
+    return spread
+
+
+def _check_together(options: ExecutionOptions, names: Sequence[str], settings: Sequence[str]) -> None:
+    if options.batch is not None and (names or settings):
+        raise ValueError("--batch has programs of its own; expected neither PROGRAM nor --set beside it")
+    if options.batch is None and not names:
+        raise ValueError("expected a PROGRAM, a file or a name of the library, or --batch FILE")
+    alone = [*options.records, *(["watch"] if options.watch else [])]
+    if alone and (options.batch is not None or len(names) > 1):
+        raise ValueError(f"--{alone[0]} shows one program; expected a single PROGRAM")
+
+
+def _machine(options: ExecutionOptions, cells: int) -> SBN:
+    """The machine that is asked for, with as many cells as are needed where nothing is said, or the run's own."""
+    if options.trained:
+        return _trained_machine(options)
+    if options.cells is not None:
+        cells = options.cells
+    elif cells > _CELLS_MAX:
+        raise ValueError(f"the program needs {cells} cells; a machine has at most {_CELLS_MAX}")
+    return SBN(cells, _WORD if options.word is None else options.word, options.branch or _BRANCH)
+
+
+def _trained_machine(options: ExecutionOptions) -> SBN:
+    task = _open_run(options).task
+    if not isinstance(task, SBN):
+        raise ValueError(f"--backend {options.backend}: is a run of task {task.name}; expected one of sbn")
+    for name in ("cells", "word", "branch"):
+        asked, trained = getattr(options, name), getattr(task, name)
+        if asked not in (None, trained):
+            raise ValueError(f"--{name} {asked}: the ensemble of {options.backend} was trained for {trained}")
+    return task
+
+
+def _open_run(options: ExecutionOptions) -> Run:
+    try:
+        return Run.open(Path(options.backend))
+    except StoreError as error:
+        raise ValueError(f"--backend {error}") from None
+
+
+def _open_backend(options: ExecutionOptions, task: SBN) -> _Backend:
+    if options.backend == "interpreter":
+        return _Backend(None, "the interpreter")
+    if options.backend == "ntk":
+        size = f"{len(task.templates):,} templates, {task.layout.bits:,} bits"
+        return _Backend(NTKExecutor(task.templates), f"the NTK limit ({size})")
+    converged = int(_open_run(options).records().converged.sum())
+    with WorkProgress("members", options.members or converged, console(stderr=True)) as progress:
+        try:
+            ensemble = Ensemble.load(options.backend, members=options.members, progress=progress.advance)
+        except StoreError as error:
+            raise ValueError(f"--backend {error}") from None
+    width = ensemble.origin.options.width
+    return _Backend(ensemble, f"the mean of {len(ensemble.members)} trained networks of width {width:,}")
+
+
+def _load_programs(options: ExecutionOptions, names: Sequence[str], settings: Sequence[str]) -> tuple[SBN, list[_Job]]:
+    """Programs of the library and of files, and a machine for them."""
+    task = _machine(options, _CELLS_MIN)
+    if options.cells is None and not options.trained:
+        loaded = [load_program(name, branch=task.branch, word=task.word) for name in names]
+        task = _machine(options, max(assembly.cells for assembly in loaded))
+    jobs = []
+    for name in names:
+        assembly = load_program(name, branch=task.branch, cells=task.cells, word=task.word)
+        try:
+            state = task.machine.load(assembly.words)
+            state = replace(state, memory=_put(settings, assembly, state.memory, task.machine))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        jobs.append(_Job(Program(state, options.max_instructions, name), assembly))
+    return task, jobs
+
+
+def _put(settings: Sequence[str], assembly: Assembly, memory: Sequence[int], machine: Machine) -> tuple[int, ...]:
+    """The memory after every ``--set``."""
+    words = list(memory)
+    low, high = -(1 << (machine.word - 1)), (1 << machine.word) - 1
+    for setting in settings:
+        place, _, value = setting.partition("=")
+        if not re.fullmatch(r"[+-]?[0-9]{1,9}", value):
+            raise ValueError(f"--set {setting}: expected LABEL=VALUE with a decimal integer")
+        if not low <= int(value) <= high:
+            raise ValueError(f"--set {setting}: does not fit words of {machine.word} bits: expected {low} to {high}")
+        try:
+            words[assembly.address(place)] = machine.wrap(int(value))
+        except ValueError as error:
+            raise ValueError(f"--set {setting}: {error}") from None
+    return tuple(words)
+
+
+def _load_lines(options: ExecutionOptions) -> tuple[SBN, list[_Job]]:
+    """The programs of a file of JSON lines, and a machine for them."""
+    assert options.batch is not None
+    try:
+        text = sys.stdin.read() if options.batch == "-" else Path(options.batch).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"--batch {options.batch}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--batch {options.batch}: cannot be read: it is no text") from None
+    lines = {number: line for number, line in enumerate(text.splitlines(), start=1) if line.strip()}
+    if not lines:
+        raise ValueError(f"--batch {options.batch}: has no lines")
+    parsed = []
+    for number, line in lines.items():
+        try:
+            parsed.append((f"{options.batch}:{number}", _parse_line(line, options.max_instructions)))
+        except ValueError as error:
+            raise ValueError(f"{options.batch}:{number}: {error}") from None
+    task = _machine(options, cells_for(max(len(memory) for _, (memory, _, _) in parsed)))
+    jobs = []
+    for label, (memory, pc, instructions) in parsed:
+        try:
+            state = task.machine.load(memory)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
+        if pc >= task.cells:
+            raise ValueError(f"{label}: pc {pc}: expected an address from 0 to {task.cells - 1}")
+        program = Program(replace(state, pc=pc), instructions, label)
+        jobs.append(_Job(program, Assembly(tuple(memory), {}, (), task.cells)))
+    return task, jobs
+
+
+def _parse_line(text: str, max_instructions: int) -> tuple[list[int], int, int]:
+    """Memory, pc and limit of one line."""
+    try:
+        line = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    if not isinstance(line, dict) or "memory" not in line or not line.keys() <= {"memory", "pc", "max_instructions"}:
+        raise ValueError("expected an object with memory and, if wanted, pc and max_instructions")
+    memory = line["memory"]
+    if not isinstance(memory, list) or not memory or not all(type(value) is int for value in memory):
+        raise ValueError("memory: expected a list of integers, at least one")
+    limits = {"pc": (0, 0, _CELLS_MAX - 1), "max_instructions": (max_instructions, 0, _INSTRUCTIONS_MAX)}
+    for name, (default, low, high) in limits.items():
+        value = line.setdefault(name, default)
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"{name} {value!r}: expected an integer from {low} to {high}")
+    return memory, line["pc"], line["max_instructions"]
+
+
+def _record(execution: Execution) -> dict[str, Any]:
+    return {
+        "memory": list(execution.state.memory),
+        "pc": execution.state.pc,
+        "halted": execution.state.halted,
+        "instructions": execution.instructions,
+        "micro_steps": execution.micro_steps,
+        "agreed": execution.agreed,
+        "smallest_margin": execution.smallest_margin,
+        "seconds": execution.seconds,
+    }
+
+
+def _advance(batch: Batch, limit: int) -> None:
+    """Run a batch to its end, and say how far it is: in place in a terminal, a line now and then in a pipe."""
+    shown = console(stderr=True)
+    started_at = said_at = time.monotonic()
+    executed = 0
+    with shown.status("") if shown.is_terminal else nullcontext() as status:
+        while batch.unfinished:
+            batch.advance()
+            executed += 1
+            now = time.monotonic()
+            if now - said_at < (_SECONDS_BETWEEN_LINES if status is None else _SECONDS_BETWEEN_UPDATES):
+                continue
+            said_at = now
+            ended = f"{len(batch) - len(batch.unfinished)}/{len(batch)} programs ended"
+            text = f"{ended}; instruction {executed:,} of at most {limit:,}, {now - started_at:.0f} s"
+            if status is None:
+                shown.print(text, highlight=False)
+            else:
+                status.update(text)
+
+
+def _run_many(task: SBN, backend: _Backend, jobs: Sequence[_Job]) -> int:
+    """All at once; a JSON line each on standard output, in order, and a summary on standard error."""
+    shown = console(stderr=True)
+    started_at = time.perf_counter()
+    batch = Batch(task, [job.program for job in jobs], backend.executor)
+    _advance(batch, max(job.program.instructions for job in jobs))
+    executions = [batch.execution(index) for index in range(len(batch))]
+    for execution in executions:
+        print(json.dumps(_record(execution), allow_nan=False))
+    halted = sum(execution.state.halted for execution in executions)
+    summary = f"{len(jobs)} programs on {backend.description}: {halted} halted"
+    if backend.executor is not None:
+        summary += f", {sum(bool(execution.agreed) for execution in executions)} without a wrong bit"
+    micro_steps = sum(execution.micro_steps for execution in executions)
+    elapsed = time.perf_counter() - started_at
+    shown.print(Text(f"{summary}; {micro_steps:,} micro-steps in {elapsed:.2f} s"), soft_wrap=True)
+    return 0 if all(execution.succeeded for execution in executions) else 1
+
+
+def _run_one(task: SBN, backend: _Backend, job: _Job, options: ExecutionOptions) -> int:
+    """One program, shown as it was asked for."""
+    labels, name = job.assembly.labels, job.program.label
+    rule = "negative" if task.branch == "negative" else "negative or zero"
+    title = f"{name} on {backend.description}: {task.cells} cells of {task.word} bits, branch if {rule}"
+    batch = Batch(task, [job.program], backend.executor, record=bool(options.records))
+    if options.watch:
+        with Watch(console(stderr=options.json), task.machine, labels, title, options.delay) as watch:
+            while batch.unfinished:
+                before = batch.execution(0)
+                batch.advance()
+                watch.show(before, batch.execution(0))
+    else:
+        _advance(batch, job.program.instructions)
+    execution = batch.execution(0)
+    if options.records:
+        _keep_history(batch, job, options, title)
+    if options.json:
+        print(json.dumps(_record(execution), allow_nan=False))
+    else:
+        _report(execution, job, task, title, console())
+    return 0 if execution.succeeded else 1
+
+
+def _keep_history(batch: Batch, job: _Job, options: ExecutionOptions, title: str) -> None:
+    # Matplotlib and TensorBoard take a second to import.
+    from ntk_ensembles.sbn.history import DPI, chart, history_figure, write_trace
+
+    task, history, labels = batch.task, batch.history(0), job.assembly.labels
+    if options.trace is not None:
+        write_trace(Path(options.trace), task, history, labels)
+    if options.figure is not None:
+        history_figure(task, history, labels, title).savefig(options.figure, dpi=DPI)
+    if options.tensorboard is not None:
+        chart(Path(options.tensorboard), task, history, labels, title)
+
+
+def _report(execution: Execution, job: _Job, task: SBN, title: str, shown: Console) -> None:
+    """The end of an execution, for people."""
+    state, start = execution.state, job.program.state.memory
+    changed = {address: "bold" for address, word in enumerate(state.memory) if word != start[address]}
+    ended = f"{'halted' if state.halted else 'not halted; stopped by --max-instructions'} at pc {state.pc}"
+    count = f"{execution.instructions:,} instructions, {execution.micro_steps:,} micro-steps"
+    lines = [*_results(job, task, state.memory), f"{ended} after {count}, {execution.seconds:.2f} s"]
+    shown.print(Text(title, style="bold"), soft_wrap=True)
+    shown.print(memory_table(state.memory, job.assembly.labels, shown.width, changed))
+    for line in lines:
+        shown.print(Text(line), soft_wrap=True)
+    if execution.agreed is None:
+        return
+    verdict = "every micro-step agreed" if execution.agreed else "a micro-step did NOT agree"
+    margin = "" if execution.smallest_margin is None else f"; smallest decision margin {execution.smallest_margin:.4f}"
+    style = "green" if execution.agreed else "bold red"
+    shown.print(Text(f"{verdict} with the interpreter{margin}", style=style), soft_wrap=True)
+
+
+def _results(job: _Job, task: SBN, memory: Sequence[int]) -> Iterator[str]:
+    """What a library program says its results are; for another program, labelled words that have changed."""
+    labels = job.assembly.labels
+    if job.program.label in {program.name for program in library()}:
+        for field in find_program(job.program.label, task.branch).results:
+            start = labels[field.label]
+            values = " ".join(str(word) for word in memory[start : start + field.count])
+            yield f"{field.label} = {values} ({field.text})"
+        return
+    before = job.program.state.memory
+    changed = [
+        f"{label} = {memory[at]}" for label, at in labels.items() if at < len(memory) and memory[at] != before[at]
+    ]
+    if changed:
+        yield f"changed: {', '.join(changed)}"
