@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -18,14 +18,15 @@ from rich.text import Text
 from ntk_ensembles.cli.parsing import OneLineParser
 from ntk_ensembles.cli.progress import WorkProgress
 from ntk_ensembles.cli.terminal import console
-from ntk_ensembles.reuse import Ensemble
 from ntk_ensembles.sbn import Assembly, Branch, Machine, cells_for, find_program, library, load_program
 from ntk_ensembles.sbn.execution import Batch, Execution, Executor
 from ntk_ensembles.sbn.watch import Watch, memory_table
 from ntk_ensembles.tasks.base import check_range
 from ntk_ensembles.tasks.sbn import SBN, Program
 from ntk_ensembles.theory.execution import NTKExecutor
-from ntk_ensembles.training import Run, StoreError
+
+if TYPE_CHECKING:
+    from ntk_ensembles.training import Run
 
 _DESCRIPTION = (
     "Execute programs of the one-instruction computer, micro-step by micro-step, on the NTK limit or on a trained "
@@ -153,7 +154,7 @@ def run_command(arguments: Sequence[str] | None = None, prog: str = "ntk-ensembl
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
-    except (OSError, StoreError) as error:
+    except (OSError, ValueError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
 
@@ -221,9 +222,12 @@ def _trained_machine(options: ExecutionOptions) -> SBN:
 
 
 def _open_run(options: ExecutionOptions) -> Run:
+    # Imported here, with Lightning, which the other backends need not wait for.
+    from ntk_ensembles.training import Run
+
     try:
         return Run.open(Path(options.backend))
-    except StoreError as error:
+    except ValueError as error:
         raise ValueError(f"--backend {error}") from None
 
 
@@ -233,11 +237,13 @@ def _open_backend(options: ExecutionOptions, task: SBN) -> _Backend:
     if options.backend == "ntk":
         size = f"{len(task.templates):,} templates, {task.layout.bits:,} bits"
         return _Backend(NTKExecutor(task.templates), f"the NTK limit ({size})")
+    from ntk_ensembles.reuse import Ensemble
+
     converged = int(_open_run(options).records().converged.sum())
     with WorkProgress("members", options.members or converged, console(stderr=True)) as progress:
         try:
             ensemble = Ensemble.load(options.backend, members=options.members, progress=progress.advance)
-        except StoreError as error:
+        except ValueError as error:
             raise ValueError(f"--backend {error}") from None
     width = ensemble.origin.options.width
     return _Backend(ensemble, f"the mean of {len(ensemble.members)} trained networks of width {width:,}")

@@ -35,7 +35,8 @@ def train_command(arguments: Sequence[str] | None = None, prog: str = "train.py"
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        print(f"{prog}: {interrupt or 'interrupted'}", file=sys.stderr)
+        said = str(interrupt) or "interrupted; what was finished is kept, go on with --resume"
+        print(f"{prog}: {said}", file=sys.stderr)
         return 130
     return 0 if not results or results["convergence"] else 1
 

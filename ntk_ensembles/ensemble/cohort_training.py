@@ -194,8 +194,22 @@ class Members:
 
     def predict(self, inputs: Float[Tensor, "states templates"]) -> Float[Tensor, "members states bits"]:
         """Every member's outputs at encoded states."""
-        inputs = inputs.to(self._device, self._recipe.dtype)
-        return torch.cat(self._phase("predict", lambda model: model.predict(inputs), self._models))
+        return self.predict_together([self], inputs)
+
+    @staticmethod
+    def predict_together(
+        parts: Sequence[Members], inputs: Float[Tensor, "states templates"]
+    ) -> Float[Tensor, "members states bits"]:
+        """The outputs of the members of several cohorts, so that no core waits at the end of each.
+
+        Args:
+            parts: cohorts of the same recipe and device.
+            inputs: encoded states.
+        """
+        first, *_ = parts
+        inputs = inputs.to(first._device, first._recipe.dtype)
+        models = [model for part in parts for model in part._models]
+        return torch.cat(first._phase("predict", lambda model: model.predict(inputs), models))
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the weights, as from `Cohort.state`."""

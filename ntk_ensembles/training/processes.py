@@ -32,6 +32,12 @@ class MembersStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Nothing: there are no parameters to keep in step."""
 
+    def on_exception(self, exception: BaseException) -> None:
+        """From now on the end of other processes is no news."""
+        super().on_exception(exception)
+        if isinstance(self._launcher, MembersLauncher):
+            self._launcher.ending.set()
+
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         if not self.cluster_environment.creates_processes_externally:
@@ -44,10 +50,14 @@ class MembersLauncher(_SubprocessScriptLauncher):
     died: int | None = None
     """The exit status of the process that died first."""
 
+    ending: threading.Event
+    """Set when the other processes end because this one does."""
+
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the other processes, watch them, and do this one's work."""
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         self._call_children_scripts()
+        self.ending = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
@@ -56,6 +66,9 @@ class MembersLauncher(_SubprocessScriptLauncher):
         while any(child.poll() is None for child in self.procs):
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             failed = [child.returncode for child in self.procs if child.poll()]
+            if self.ending.is_set():
+                # This process is busy with what was finished: no second Ctrl-C for it.
+                return
             if failed:
                 self.died = failed[0]
                 self.end_children()
@@ -64,6 +77,7 @@ class MembersLauncher(_SubprocessScriptLauncher):
 
     def end_children(self) -> None:
         """End the other processes; a collective that waits for a dead one does not end by itself."""
+        self.ending.set()
         for child in self.procs:
             if child.poll() is None:
                 child.kill()

@@ -29,7 +29,7 @@ def library_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """16 cells of 8 bits, for programs of the library; from kept weights."""
     out = str(tmp_path_factory.mktemp("library") / "run")
     options = RunOptions(
-        width=8192, ensemble=4, init="antisymmetric", evaluation_states=20, keep_weights="all", out=out
+        width=8192, ensemble=3, init="antisymmetric", evaluation_states=20, keep_weights="all", out=out
     )
     train(SBN(16, 8), options)
     return out
@@ -78,6 +78,16 @@ def test_the_librarys_programs(library_run: str, tmp_path: Path, capsys: pytest.
     assert min(result["smallest_margin"] for result in results) > 0.001
     found = [result["memory"] for result in results]
     assert [memory[place] for memory, place in zip(found, places, strict=True)] == [value for *_, value in PROGRAMS]
+
+
+def test_a_single_network_is_not_enough_and_says_so(library_run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["maximum", "--backend", library_run, "--members", "1", "--set", "x=-60", "y=63"]
+    assert run_command([*arguments, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["agreed"] is False
+    assert result["smallest_margin"] < 0
+    assert run_command([*arguments, "--max-instructions", "50"]) == 1
+    assert "a micro-step did NOT agree with the interpreter; smallest decision margin -0." in capsys.readouterr().out
 
 
 def test_fewer_members(small_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ def random_programs(machine: Machine, count: int, seed: int, instructions: int) 
 MACHINES = [(4, 2), (4, 5), (8, 3), (8, 4), (16, 4), (16, 8)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from(MACHINES), st.booleans(), st.integers(0, 2**32), st.integers(1, 40))
 def test_the_ntk_limit_follows_the_interpreter_step_for_step(
     size: tuple[int, int], zero_too: bool, seed: int, count: int
