@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from ntk_ensembles.ensemble import Members, choose_cohort
@@ -40,35 +40,45 @@ class Ensemble:
     """The mean over a run's converged members.
 
     Members come from kept weights or, where these were not kept, are redrawn and retrained from their seeds, to the
-    same bits on the same type of device. They stay in memory if they fit half of what is free when they are loaded;
-    otherwise every prediction brings them again, cohort by cohort.
+    same bits on the same type of device. They stay in memory if they fit a budget; otherwise every prediction
+    brings them again, cohort by cohort, with the same result.
 
     Attributes:
         origin: the run.
         members: the indices of the members whose mean this is.
     """
 
-    def __init__(self, origin: Run, parts: Sequence[_Part]) -> None:
+    def __init__(self, origin: Run, parts: Sequence[_Part], memory: int) -> None:
         self.origin = origin
         self.members = tuple(sorted(index for part in parts for index in part.indices))
         self._parts = parts
         self._predictor = origin.theory.predictor
-        fits = len(self.members) * origin.recipe.member_bytes <= _MEMORY_SHARE * free_memory(origin.device)
+        fits = len(self.members) * origin.recipe.member_bytes <= memory
         self._resident = [part.make() for part in parts] if fits else None
 
     @classmethod
     def load(
-        cls, directory: str | Path, *, members: int | None = None, progress: Callable[[int], None] = lambda done: None
+        cls,
+        directory: str | Path,
+        *,
+        members: int | None = None,
+        device: torch.device | str | None = None,
+        memory: int | None = None,
+        progress: Callable[[int], None] = lambda done: None,
     ) -> Ensemble:
         """The ensemble of a run directory.
 
         Args:
             directory: of a run, finished or not.
             members: only the first so many converged members.
+            device: where to predict; by default on the type that trained the members, or on the CPU if there is none.
+            memory: bytes that members may take in order to stay; by default half of what is free.
             progress: told how many members have just been brought into memory.
 
         Raises:
-            StoreError: no such run, a damaged one, one without converged members, or fewer than ``members``.
+            StoreError: no such run, a damaged one, one without converged members, or fewer than ``members``; or
+                members to be retrained that another type of device has trained.
+            ValueError: a GPU that is not there, or not even one member to be retrained fits.
         """
         run = Run.open(Path(directory))
         records = run.records()
@@ -79,17 +89,21 @@ class Ensemble:
             wanted = wanted[:members]
         if not wanted:
             raise StoreError(f"{directory}: has no converged member")
-        if run.device.type == "cuda" and not torch.cuda.is_available():
-            raise StoreError(f"{directory}: was trained on a GPU; its members are other ones on a CPU")
-        parts = list(_kept(run, set(wanted), progress))
+        place = _place(run, device)
+        parts = list(_kept(run, wanted, place, progress))
         retrained = without_weights(run, wanted)
         if retrained:
-            size = choose_cohort(run.recipe, _STATES_AT_ONCE, len(retrained), run.device)
+            if place.type != run.device.type:
+                raise StoreError(
+                    f"{directory}: {len(retrained)} members have no kept weights and were trained on "
+                    f"{run.device.type}; on {place.type} they would be other ones"
+                )
+            size = choose_cohort(run.recipe, _STATES_AT_ONCE, len(retrained), place)
             parts += [
-                _retraining(run, tuple(retrained[start : start + size]), progress)
+                _retraining(run, tuple(retrained[start : start + size]), place, progress)
                 for start in range(0, len(retrained), size)
             ]
-        return cls(run, parts)
+        return cls(run, parts, int(_MEMORY_SHARE * free_memory(place)) if memory is None else memory)
 
     @property
     def task(self) -> Task[Any, Any]:
@@ -98,20 +112,44 @@ class Ensemble:
 
     def member_predictions(
         self, states: Bool[Tensor, "states bits"]
-    ) -> Iterator[tuple[tuple[int, ...], Float64[Tensor, "members states bits"]]]:
-        """Cohort by cohort, which members and their outputs."""
-        inputs = self._predictor.templates.encode(self._predictor.templates.matches(states))
-        resident = self._resident or (part.make() for part in self._parts)
-        for part, cohort in zip(self._parts, resident, strict=True):
-            yield part.indices, cohort.predict(inputs).to("cpu", torch.float64)
+    ) -> Iterator[tuple[tuple[int, ...], slice, Float[Tensor, "members some bits"]]]:
+        """Every member's outputs, some members and some states at a time.
+
+        Yields:
+            Which members, which states, and their outputs, as a tensor of the CPU.
+
+        Raises:
+            ValueError: states of another number of bits.
+        """
+        templates = self._predictor.templates
+        if states.shape[1] != templates.layout.bits:
+            raise ValueError(f"states of {states.shape[1]} bits: the task has {templates.layout.bits}")
+        for indices, cohorts in self._in_memory():
+            for start in range(0, len(states), _STATES_AT_ONCE):
+                rows = slice(start, start + _STATES_AT_ONCE)
+                inputs = templates.encode(templates.matches(states[rows]))
+                yield indices, rows, Members.predict_together(cohorts, inputs).cpu()
+
+    def _in_memory(self) -> Iterator[tuple[tuple[int, ...], list[Members]]]:
+        """All members at once if they stay in memory, otherwise a cohort after the other."""
+        if self._resident is not None:
+            yield tuple(index for part in self._parts for index in part.indices), self._resident
+            return
+        for part in self._parts:
+            yield part.indices, [part.make()]
 
     def predict(self, states: Bool[Tensor, "states bits"]) -> Float64[Tensor, "states bits"]:
-        """The mean over members of the outputs."""
-        means = []
-        for chunk in torch.split(states, _STATES_AT_ONCE):
-            sums = [outputs.sum(0) for _, outputs in self.member_predictions(chunk)]
-            means.append(torch.stack(sums).sum(0) / len(self.members))
-        return torch.cat(means) if means else torch.empty(states.shape, dtype=torch.float64)
+        """The mean over members of the outputs.
+
+        Raises:
+            ValueError: states of another number of bits.
+        """
+        total = torch.zeros(states.shape, dtype=torch.float64)
+        for _, rows, outputs in self.member_predictions(states):
+            # One after the other, so that the sum does not depend on which members came together.
+            for output in outputs:
+                total[rows] += output
+        return total / len(self.members)
 
     def step(self, states: Bool[Tensor, "states bits"], decoder: Decoder = "midpoint") -> StepResult:
         """One micro-step of every state: the decoded mean.
@@ -121,13 +159,13 @@ class Ensemble:
             decoder: how the mean is read.
 
         Raises:
-            ValueError: an unknown decoder.
+            ValueError: an unknown decoder, or states of another number of bits.
         """
+        mean = self.predict(states)
         templates = self._predictor.templates
         matches = templates.matches(states)
         matched = matches.sum(1)
         levels = thresholds(decoder, self._predictor, matched)
-        mean = self.predict(states)
         truth = templates.counts(matches) > 0
         decoded = decode(mean, levels)
         smallest = margins(mean, levels, truth).min(1).values.masked_fill(matched == 0, torch.inf)
@@ -137,7 +175,7 @@ class Ensemble:
         """A closed loop of so many micro-steps: each decoded mean is the next state.
 
         Raises:
-            ValueError: a negative number of micro-steps or an unknown decoder.
+            ValueError: a negative number of micro-steps, an unknown decoder, or states of another number of bits.
         """
         if micro_steps < 0:
             raise ValueError(f"{micro_steps} micro-steps: expected at least 0")
@@ -182,31 +220,50 @@ def without_weights(run: Run, members: Iterable[int]) -> list[int]:
     return [index for index in members if index not in kept]
 
 
-def _kept(run: Run, wanted: set[int], progress: Callable[[int], None]) -> Iterator[_Part]:
+def _place(run: Run, device: torch.device | str | None) -> torch.device:
+    """Where to predict."""
+    available = torch.cuda.is_available()
+    if device is None:
+        return run.device if available else torch.device("cpu")
+    place = torch.device(device)
+    if place.type == "cuda" and not available:
+        raise ValueError(f"device {device}: PyTorch sees no GPU here; expected cpu")
+    return place
+
+
+def _kept(run: Run, wanted: Iterable[int], device: torch.device, progress: Callable[[int], None]) -> Iterator[_Part]:
     """The members whose weights are in the run directory."""
+    left = set(wanted)
     for path in run.store.weight_files():
         indices = run.store.members_of(path)
-        rows = [row for row, index in enumerate(indices) if index in wanted]
+        rows = [row for row, index in enumerate(indices) if index in left]
         if rows:
-            yield _restoring(run, path, rows, tuple(indices[row] for row in rows), progress)
+            found = tuple(indices[row] for row in rows)
+            left.difference_update(found)
+            yield _restoring(run, path, rows, found, device, progress)
 
 
 def _restoring(
-    run: Run, path: Path, rows: list[int], indices: tuple[int, ...], progress: Callable[[int], None]
+    run: Run,
+    path: Path,
+    rows: list[int],
+    indices: tuple[int, ...],
+    device: torch.device,
+    progress: Callable[[int], None],
 ) -> _Part:
     def make() -> Members:
         weights = run.store.load_weights(path)
         chosen = {name: weights[name][rows] for name in ("hidden", "readout")}
-        members = Members.restore(run.recipe, indices, chosen, run.device)
+        members = Members.restore(run.recipe, indices, chosen, device)
         progress(len(indices))
         return members
 
     return _Part(indices, make)
 
 
-def _retraining(run: Run, indices: tuple[int, ...], progress: Callable[[int], None]) -> _Part:
+def _retraining(run: Run, indices: tuple[int, ...], device: torch.device, progress: Callable[[int], None]) -> _Part:
     def make() -> Members:
-        members = Members.train(run.recipe, indices, run.device)
+        members = Members.train(run.recipe, indices, device)
         progress(len(indices))
         return members
 

@@ -37,6 +37,14 @@ def states_of(task: Addition, count: int = 100) -> torch.Tensor:
     return EvaluationSet.sample(task, count, 3).states
 
 
+def outputs_of(ensemble: Ensemble, states: torch.Tensor) -> dict[int, torch.Tensor]:
+    found = {}
+    for indices, rows, outputs in ensemble.member_predictions(states):
+        assert rows == slice(0, 1024)
+        found.update(zip(indices, outputs, strict=True))
+    return found
+
+
 def test_the_mean_is_that_of_plain_networks(added: Path) -> None:
     ensemble = Ensemble.load(added)
     task = Addition(3)
@@ -57,9 +65,7 @@ def test_the_mean_is_that_of_plain_networks(added: Path) -> None:
 
 def test_retrained_members_are_the_kept_ones_to_the_bit(added: Path, without_weights: Path) -> None:
     states = states_of(Addition(3))
-    kept = dict(row for pair in Ensemble.load(added).member_predictions(states) for row in zip(*pair, strict=True))
-    again = Ensemble.load(without_weights)
-    found = dict(row for pair in again.member_predictions(states) for row in zip(*pair, strict=True))
+    kept, found = outputs_of(Ensemble.load(added), states), outputs_of(Ensemble.load(without_weights), states)
     assert sorted(kept) == sorted(found) == list(range(8))
     assert all(torch.equal(kept[index], found[index]) for index in kept)
 

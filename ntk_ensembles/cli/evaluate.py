@@ -7,15 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float16
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from ntk_ensembles.cli.parsing import OneLineParser
+from ntk_ensembles.cli.progress import WorkProgress
 from ntk_ensembles.cli.terminal import console
 from ntk_ensembles.reuse import Ensemble, without_weights
 from ntk_ensembles.tasks import EvaluationSet, check_range
@@ -113,10 +112,12 @@ def _deviations(run: Run, theory: Theory, talk: Console) -> Float16[Tensor, "mem
             f"{each * len(retrained):.0f} s.",
             highlight=False,
         )
-    with Progress(console=talk, disable=not talk.is_terminal) as bar:
-        task = bar.add_task("members", total=len(converged))
-        ensemble = Ensemble.load(run.store.directory, progress=lambda done: bar.advance(task, done))
-        parts: dict[int, Any] = {}
-        for indices, outputs in ensemble.member_predictions(theory.evaluation.states):
-            parts.update(zip(indices, (outputs - theory.mean).to(torch.float16), strict=True))
-    return torch.stack([parts[index] for index in sorted(parts)])
+    order = {index: position for position, index in enumerate(converged)}
+    deviations = torch.empty((len(order), *theory.mean.shape), dtype=torch.float16)
+    with WorkProgress("members", len(converged), talk) as bar:
+        ensemble = Ensemble.load(run.store.directory, progress=bar.advance)
+        for indices, rows, outputs in ensemble.member_predictions(theory.evaluation.states):
+            # One at a time: the differences are float64.
+            for index, output in zip(indices, outputs, strict=True):
+                deviations[order[index], rows] = (output - theory.mean[rows]).to(torch.float16)
+    return deviations

@@ -135,7 +135,7 @@ def chosen_task(arguments: Sequence[str]) -> str | None:
             continue
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
             continue  # the parser says what is wrong with it
         if isinstance(content, dict) and "task" in content:
             word = str(content["task"])

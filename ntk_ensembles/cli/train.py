@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ntk_ensembles.cli.parsing import chosen_task, parse_task, value_of
 from ntk_ensembles.cli.terminal import console
-from ntk_ensembles.training.run import RunOptions, train
+from ntk_ensembles.training.options import RunOptions
+from ntk_ensembles.training.run import train
 from ntk_ensembles.training.store import RunStore, SaveError, StoreError
 
 _DESCRIPTION = (
@@ -54,6 +55,8 @@ def _config_of_resumed(arguments: Sequence[str]) -> list[str]:
     RunStore.open(Path(directory))
     config = ["--config", str(Path(directory) / "config.yaml")]
     asked, there = value_of("--task", arguments), chosen_task(config)
+    if there is None:
+        raise StoreError(f"{config[1]}: is damaged; expected the options of the run")
     if asked is not None and asked != there:
         raise StoreError(f"{directory}: --task is {asked} here and {there} there")
     return config

@@ -7,8 +7,9 @@ run directory, `run` puts a run together.
 from ntk_ensembles.training.convergence import ConvergenceRow, Theory, convergence, ensemble_sizes
 from ntk_ensembles.training.metrics import BitAccuracy, ExactMatch, ExecutionMatch, RMSDeviation
 from ntk_ensembles.training.module import EnsembleModule, MembersDataModule
+from ntk_ensembles.training.options import RunOptions
 from ntk_ensembles.training.records import MemberRecords, Records
-from ntk_ensembles.training.run import Interrupted, Run, RunOptions, train
+from ntk_ensembles.training.run import Interrupted, Run, train
 from ntk_ensembles.training.store import RunStore, SaveError, StoreError
 
 __all__ = [

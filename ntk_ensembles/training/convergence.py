@@ -38,6 +38,7 @@ class Theory:
     """
 
     def __init__(self, task: Task[Any, Any], evaluation: EvaluationSet, init: Init = "gaussian") -> None:
+        self.task = task
         self.evaluation = evaluation
         self.predictor = TemplatePredictor(task.templates, centred=init == "antisymmetric")
         gaussian = self.predictor.predict(evaluation.matches)

@@ -14,7 +14,7 @@ import torch
 
 def peak_memory(device: torch.device) -> int:
     """The most memory taken so far, in bytes: on the GPU by tensors, otherwise by this process."""
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -24,13 +24,18 @@ def environment(device: torch.device, dtype: str) -> dict[str, Any]:
     """Device, types and versions, as ``results.json`` records them."""
     packages = ("torch", "lightning", "torchmetrics", "ntk-ensembles")
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": _gpu_name(device) if device.type == "cuda" else _cpu_name(),
         "device_type": device.type,
         "cpu_threads": torch.get_num_threads(),
         "dtypes": {"weights": dtype.removeprefix("torch."), "stored_deviations": "float16"},
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }
+
+
+def _gpu_name(device: torch.device) -> str:
+    """The model, if it is in this machine: runs can be merged elsewhere."""
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "a GPU of another machine"
 
 
 def _cpu_name() -> str:

@@ -55,7 +55,7 @@ def merge(directories: Sequence[Path], out: str | None = None, console: Console 
     options = dataclasses.replace(runs[0].options, first_member=first, ensemble=last - first + 1, out=None, resume=None)
     target = prepare_directory(out, runs[0].task.name)
     with lock(target):
-        merged = Run.begin(runs[0].task, options, task_word(runs[0].task), target)
+        merged = Run.begin(runs[0].task, options, task_word(runs[0].task), target, runs[0].device)
         for run in runs:
             for path in run.store.files():
                 place = target / path.relative_to(run.store.directory)

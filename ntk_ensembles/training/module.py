@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
-from ntk_ensembles.ensemble import Recipe, TrainedCohort, train_cohort
+from ntk_ensembles.ensemble import TrainedCohort, train_cohort
+from ntk_ensembles.tasks import find_task
 from ntk_ensembles.training.convergence import Theory
+from ntk_ensembles.training.options import RunOptions, evaluation_of, recipe_of
 from ntk_ensembles.training.records import MemberRecords, Records
 
 
@@ -19,15 +22,19 @@ class EnsembleModule(LightningModule):
 
     It has no parameters of its own and no optimizer: members live for one step, and the rule that trains
     them is `descend`. What stays are their records, which a Lightning checkpoint holds too
-    (``EnsembleModule.load_from_checkpoint(path, recipe=…, theory=…, weights_only=True)``).
+    (``EnsembleModule.load_from_checkpoint(path, weights_only=True)``).
 
     Args:
-        recipe: how members are made.
-        theory: the evaluation states and what infinite width says of them.
+        task: the word with which `find_task` finds the task's class.
+        task_options: its options.
+        options: those of `RunOptions` that differ from their defaults, or all.
+        theory: made from the three, where it is there already.
         keep_weights: leave the trained weights in ``cohort``.
         say: told in one line when memory runs out and a cohort is halved.
 
     Attributes:
+        recipe: how members are made.
+        theory: the evaluation states and what infinite width says of them.
         records: of all members so far, in all processes once computed.
         cohort: what the last training step trained; None before the first and where there was nothing to do.
         cohort_records: its records.
@@ -35,15 +42,23 @@ class EnsembleModule(LightningModule):
 
     def __init__(
         self,
-        recipe: Recipe,
-        theory: Theory,
+        task: str,
+        task_options: dict[str, Any],
+        options: dict[str, Any],
         *,
+        theory: Theory | None = None,
         keep_weights: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.recipe = recipe
+        # Plain values, so that a checkpoint with them loads without executing anything from it.
+        self.save_hyperparameters("task", "task_options", "options")
+        chosen = RunOptions(**options)
+        if theory is None:
+            found = find_task(task).from_options(task_options)
+            theory = Theory(found, evaluation_of(found, chosen), chosen.init)
+        self.recipe = recipe_of(theory.task, chosen)
         self.theory = theory
         self._keep_weights = keep_weights
         self._say = say

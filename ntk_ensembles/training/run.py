@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import os
@@ -15,25 +14,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
 from lightning import Callback, Trainer
 from rich.console import Console
 
-from ntk_ensembles.ensemble import (
-    DescentOptions,
-    Engine,
-    Init,
-    Loss,
-    Precision,
-    Recipe,
-    choose_cohort,
-)
-from ntk_ensembles.tasks import EvaluationSet, Task, check_range, find_task, task_word
+from ntk_ensembles.ensemble import Recipe, choose_cohort
+from ntk_ensembles.tasks import Task, find_task, task_word
 from ntk_ensembles.training.convergence import Theory
 from ntk_ensembles.training.module import EnsembleModule, MembersDataModule, Plan
+from ntk_ensembles.training.options import RECORDED, RunOptions, device_of, evaluation_of, recipe_of
 from ntk_ensembles.training.processes import (
     MembersLauncher,
     MembersStrategy,
@@ -54,98 +46,6 @@ WEIGHTS_BUDGET = 1 << 30
 """Bytes of weights that ``--keep-weights auto`` keeps at most."""
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What to train, on what to judge it, and where to leave it."""
-
-    width: int = 8192
-    """Hidden units n of each member, 1 to 16777216; even with --init antisymmetric."""
-
-    ensemble: int = 64
-    """Members of the ensemble, 1 to 1048576."""
-
-    seed: int = 0
-    """Member i is a function of this seed, i and the kind of device alone; 0 to 2^63 - 1."""
-
-    init: Init = "gaussian"
-    """Initial weights: i.i.d. N(0, 1), or antisymmetric, with which a network starts at exactly 0."""
-
-    loss: Loss = "whitened"
-    """Squared error whitened by the analytic kernel (converges in a few steps), or plain."""
-
-    precision: Precision = "32-true"
-    """Lightning's names; bf16-mixed computes gradients in bfloat16 and all else in float32."""
-
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
-
-    evaluation_states: int = 1000
-    """Distinct states of true trajectories to judge members on, 1 to 1000000."""
-
-    evaluation_seed: int = 0
-    """Draws the evaluation states; apart from --seed, so that both can vary alone."""
-
-    tolerance: float = 1e-6
-    """A member has converged when its squared training error has fallen to this share of the first."""
-
-    steps: int = 50
-    """Steps after which a member is given up as not converged, 1 to 100000."""
-
-    cohort: int | None = None
-    """Members to hold at once; by default as many as memory allows, up to 64. Results do not depend on it."""
-
-    engine: Engine = "identity"
-    """The fast path for templates as training inputs, or the general one of torch.func, as a check."""
-
-    first_member: int = 0
-    """Index of the first member; jobs of an array train parts of one ensemble, for ntk-ensembles merge."""
-
-    keep_weights: Literal["auto", "all", "none"] = "auto"
-    """Keep trained weights: all, none, or auto, which keeps them if they take at most 1 GiB together. Members whose
-    weights are not kept are redrawn and retrained when they are needed again."""
-
-    devices: int | None = None
-    """Processes on this machine, each with members (and, on GPUs, a device) of its own; by default as many as
-    torchrun or SLURM started, otherwise 1. Results do not depend on it."""
-
-    num_nodes: int | None = None
-    """Machines with so many processes each; by default as many as torchrun or SLURM started, otherwise 1."""
-
-    out: str | None = None
-    """Directory for what the run leaves: a new or empty one. By default a fresh one under runs/."""
-
-    resume: str | None = None
-    """Directory of a run to go on with: members that it lacks are trained. Its options hold; what may be given is
-    --ensemble to grow it, and what numbers do not depend on."""
-
-    def __post_init__(self) -> None:
-        """Refuse what no run can use.
-
-        Raises:
-            ValueError: an option outside its range; the message names it.
-        """
-        check_range("width", self.width, 1, 1 << 24)
-        check_range("ensemble", self.ensemble, 1, 1 << 20)
-        check_range("seed", self.seed, 0, (1 << 63) - 1)
-        check_range("evaluation_states", self.evaluation_states, 1, 1_000_000)
-        check_range("evaluation_seed", self.evaluation_seed, 0, (1 << 63) - 1)
-        check_range("steps", self.steps, 1, 100_000)
-        check_range("first_member", self.first_member, 0, 1 << 30)
-        for name, value in (("devices", self.devices), ("num_nodes", self.num_nodes)):
-            if value is not None:
-                check_range(name, value, 1, 4096)
-        if self.out is not None and self.resume is not None:
-            raise ValueError("--out and --resume: expected one of them; a resumed run stays where it is")
-        if self.cohort is not None:
-            check_range("cohort", self.cohort, 1, 1 << 20)
-        if not 0 < self.tolerance < 1:
-            raise ValueError(f"--tolerance {self.tolerance}: expected a number between 0 and 1")
-        if self.init == "antisymmetric" and self.width % 2:
-            raise ValueError(f"--width {self.width}: expected an even number with --init antisymmetric")
-        if self.accelerator == "gpu" and not torch.cuda.is_available():
-            raise ValueError("--accelerator gpu: PyTorch sees no GPU here; expected auto or cpu")
-
-
 @dataclass(frozen=True, eq=False)
 class Run:
     """A run that was begun: what is learned, how, and where it lies.
@@ -162,13 +62,13 @@ class Run:
 
     @classmethod
     def open(cls, directory: Path) -> Run:
-        """The run in a directory.
+        """The run in a directory; this machine need not have the device that it was trained on.
 
         Raises:
             StoreError: there is none, it is damaged, or the task's code has changed since.
         """
         run = cls._read(directory)
-        run.check(run.task, run.options)
+        run.check(run.task, run.options, run.device)
         return run
 
     @classmethod
@@ -178,7 +78,7 @@ class Run:
         path = directory / "config.yaml"
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
-            word, given = str(config.pop("task")), {name: config.pop(name) for name in _RECORDED}
+            word, given = str(config.pop("task")), {name: config.pop(name) for name in RECORDED}
         except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise StoreError(f"{path}: is damaged ({error!r}); expected the options of the run") from None
         try:
@@ -187,43 +87,55 @@ class Run:
             raise StoreError(f"{path}: {error}") from None
 
     @classmethod
-    def begin(cls, task: Task[Any, Any], options: RunOptions, word: str, directory: Path) -> Run:
-        """A new run in an empty directory."""
-        run = cls(task, options, RunStore(directory, _identity(task, options)))
+    def begin(
+        cls,
+        task: Task[Any, Any],
+        options: RunOptions,
+        word: str,
+        directory: Path,
+        device: torch.device | None = None,
+    ) -> Run:
+        """A new run in an empty directory, of members trained on this device, by default as the options say."""
+        run = cls(task, options, RunStore(directory, _identity(task, options, device)))
         run.write_config(word)
         run.store.begin()
         return run
 
     def write_config(self, word: str) -> None:
         """Record the options, as `--config` and `--resume` take them back."""
-        recorded = {name: getattr(self.options, name) for name in _RECORDED}
+        recorded = {name: getattr(self.options, name) for name in RECORDED}
         values = {"task": word, **self.task.options, **recorded}
         self.store.write_text("config.yaml", yaml.safe_dump(values, sort_keys=False))
 
-    def check(self, task: Task[Any, Any], options: RunOptions) -> None:
+    def check(self, task: Task[Any, Any], options: RunOptions, device: torch.device | None = None) -> None:
         """Refuse options under which members would not be this run's.
+
+        Args:
+            task: what is learned.
+            options: how.
+            device: where, by default as the options say.
 
         Raises:
             StoreError: names the difference.
         """
-        found = difference(_identity(task, options), self.store.manifest)
+        found = difference(_identity(task, options, device), self.store.manifest)
         if found is not None:
             raise StoreError(f"{self.store.directory}: {found}; a run that goes on can change only --ensemble, to grow")
 
     @cached_property
     def recipe(self) -> Recipe:
         """How members are made."""
-        return _recipe(self.task, self.options)
+        return recipe_of(self.task, self.options)
 
     @cached_property
     def theory(self) -> Theory:
         """The run's own evaluation states and what infinite width says of them."""
-        return Theory(self.task, _evaluation(self.task, self.options), self.options.init)
+        return Theory(self.task, evaluation_of(self.task, self.options), self.options.init)
 
     @property
     def device(self) -> torch.device:
         """Where its members are trained."""
-        return torch.device(self.store.manifest["device"])
+        return torch.device("cuda" if self.store.manifest.get("device") == "cuda" else "cpu")
 
     @property
     def planned(self) -> range:
@@ -256,41 +168,14 @@ class Run:
         )
 
 
-_NOT_RECORDED = ("out", "resume", "devices", "num_nodes", "cohort", "accelerator")
-"""Options that hold for one session."""
-_RECORDED = tuple(name for name in RunOptions.__dataclass_fields__ if name not in _NOT_RECORDED)
-
-
-@functools.lru_cache(maxsize=2)
-def _evaluation(task: Task[Any, Any], options: RunOptions) -> EvaluationSet:
-    return EvaluationSet.sample(task, options.evaluation_states, options.evaluation_seed)
-
-
-def _recipe(task: Task[Any, Any], options: RunOptions) -> Recipe:
-    return Recipe(
-        task.templates.labels.to(torch.float32),
-        options.width,
-        options.init,
-        options.loss,
-        options.seed,
-        options.precision,
-        options.engine,
-        DescentOptions(options.tolerance, options.steps),
-    )
-
-
-def _device(options: RunOptions) -> torch.device:
-    return torch.device("cuda" if options.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _identity(task: Task[Any, Any], options: RunOptions) -> dict[str, Any]:
+def _identity(task: Task[Any, Any], options: RunOptions, device: torch.device | None = None) -> dict[str, Any]:
     return identity(
         task,
-        _recipe(task, options),
-        _evaluation(task, options),
+        recipe_of(task, options),
+        evaluation_of(task, options),
         options.evaluation_states,
         options.evaluation_seed,
-        _device(options),
+        device or device_of(options),
     )
 
 
@@ -323,9 +208,9 @@ def train(
         _fit(task, options, None, None, Console(quiet=True), 1)
         return {}
     console = console or Console()
-    device = _device(options)
+    device = device_of(options)
     processes = options.devices or devices_of_launcher()
-    recipe = _recipe(task, options)
+    recipe = recipe_of(task, options)
     cohort = choose_cohort(
         recipe, options.evaluation_states, options.ensemble, device, options.cohort, processes=processes
     )
@@ -432,11 +317,18 @@ def _fit(
     keep_weights: bool | None = None,
 ) -> Records:
     """Train the planned members, in this process and the others, and gather the records of all."""
-    recipe = _recipe(task, options)
-    theory = run.theory if run else Theory(task, _evaluation(task, options), options.init)
+    recipe = recipe_of(task, options)
+    theory = run.theory if run else Theory(task, evaluation_of(task, options), options.init)
     if keep_weights is None:
         keep_weights, _ = _keeping(options, recipe)
-    module = EnsembleModule(recipe, theory, keep_weights=keep_weights, say=console.print)
+    module = EnsembleModule(
+        task_word(task),
+        task.options,
+        {name: getattr(options, name) for name in RECORDED},
+        theory=theory,
+        keep_weights=keep_weights,
+        say=console.print,
+    )
     if earlier is not None:
         module.records.update(earlier)
     nodes = options.num_nodes or nodes_of_launcher()
@@ -448,7 +340,7 @@ def _fit(
         callbacks.append(MemberProgress(-(-share // (devices * nodes)), console))
     with _quiet_lightning():
         trainer = Trainer(
-            accelerator="gpu" if _device(options).type == "cuda" else "cpu",
+            accelerator="gpu" if device_of(options).type == "cuda" else "cpu",
             devices=devices,
             num_nodes=nodes,
             strategy=MembersStrategy() if devices * nodes > 1 else "auto",

@@ -11,10 +11,10 @@ the identity and a checksum of its content: a file of another run, a truncated o
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ class StoreError(ValueError):
     """A run directory, or a file in it, cannot be used; the message says which and what to do."""
 
 
-class SaveError(OSError):
+class SaveError(Exception):
     """A file cannot be written; what was there before is intact."""
 
 
@@ -88,6 +88,8 @@ def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
         if name in ("templates", "evaluation_digest"):
             what = "templates" if name == "templates" else "evaluation states"
             return f"the task's {what} are not the same (has its code changed?)"
+        if name == "device":
+            return f"members are trained on {ours} here and on {theirs} there (--accelerator)"
         return f"--{name.replace('_', '-')} is {ours} here and {theirs} there"
     return None
 
@@ -182,7 +184,7 @@ class RunStore:
             try:
                 found.append(Records(**{name: tensors[name] for name in Records.__dataclass_fields__}))
             except KeyError as error:
-                raise StoreError(f"{path}: has no {error}; {_REMEDY}") from None
+                raise StoreError(f"{path}: has no {error}; {_remedy(path)}") from None
         return found
 
     def weight_files(self) -> list[Path]:
@@ -209,7 +211,7 @@ class RunStore:
             with safe_open(path, framework="pt") as file:
                 indices: list[int] = file.get_tensor("indices").tolist()
         except (OSError, SafetensorError) as error:
-            raise StoreError(f"{path}: is damaged ({error}); {_REMEDY}") from None
+            raise StoreError(f"{path}: is damaged ({error}); {_remedy(path)}") from None
         return indices
 
     def load_weights(self, path: Path) -> dict[str, Tensor]:
@@ -241,18 +243,20 @@ class RunStore:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise StoreError(f"{path}: is damaged ({error}); {_REMEDY}") from None
+            raise StoreError(f"{path}: is damaged ({error}); {_remedy(path)}") from None
         version = metadata.get("format", "")
         if version.isdecimal() and int(version) > FORMAT:
             raise StoreError(f"{path}: was written by a newer version (format {version}, this one reads {FORMAT})")
         if metadata.get("run") != self._run:
-            raise StoreError(f"{path}: belongs to another run; {_REMEDY}")
+            raise StoreError(f"{path}: belongs to another run; {_remedy(path)}")
         if metadata.get("sha256") != digest(tensors):
-            raise StoreError(f"{path}: its checksum is wrong, so it has changed since it was written; {_REMEDY}")
+            raise StoreError(f"{path}: its checksum is wrong, so it has changed since it was written; {_remedy(path)}")
         return tensors
 
 
-_REMEDY = "move it away, and --resume trains its members again"
+def _remedy(path: Path) -> str:
+    when = "when their weights are wanted" if path.parent.name == "weights" else "on --resume"
+    return f"move it away, and its members are trained again {when}"
 
 
 @contextmanager
@@ -293,12 +297,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         part.chmod(0o644)
         part.replace(path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SaveError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"cannot be written ({reason}); what was saved before is intact",
-            str(path),
-        ) from error
+        raise SaveError(f"{path}: cannot be written ({_reason(error)}); what was saved before is intact") from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be written, in the system's words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    # What safetensors raises has the number only in its text.
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(number[1])).lower() if number else str(error)

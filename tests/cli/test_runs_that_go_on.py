@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ntk_ensembles.cli.main import main
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_refused_and_can_be_trained_again(
     damage(path, how)
     line = complaint(capsys, ["train", "--resume", str(copy)])
     assert str(path) in line
-    assert ("newer version" if how == "future" else "--resume trains its members again") in line
+    assert ("newer version" if how == "future" else "its members are trained again on --resume") in line
     assert str(path) in complaint(capsys, ["merge", str(whole), str(copy)])
     path.unlink()
     assert resume(copy) == numbers(whole)
@@ -201,6 +201,14 @@ def test_a_damaged_or_future_manifest_is_refused(copy: Path, capsys: pytest.Capt
     assert "newer version" in complaint(capsys, ["train", "--resume", str(copy)])
     path.write_text(path.read_text()[:50])
     assert "is damaged" in complaint(capsys, ["train", "--resume", str(copy)])
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"task: addition\nbits: 3\n", b"\xff\xfe\x00"])
+def test_a_damaged_config_is_refused(copy: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "config.yaml").write_bytes(content)
+    line = complaint(capsys, ["train", "--resume", str(copy)])
+    assert str(copy / "config.yaml") in line
+    assert "is damaged" in line
 
 
 def test_a_directory_in_use_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,14 +253,14 @@ def test_a_full_disk_is_an_error_and_leaves_the_last_checkpoint(
     def until_full(tensors: Any, path: Path, metadata: Any) -> None:
         if len(saved) == 2:
             path.write_bytes(b"half a file")
-            raise OSError(28, "No space left on device")
+            raise SafetensorError("Error while serializing: I/O error: some words (os error 28)")
         save(tensors, path, metadata)
         saved.append(path)
 
     monkeypatch.setattr(store_of_runs, "save_file", until_full)
     arguments = [*SMALL, "--ensemble", "6", "--cohort", "2", "--out", str(tmp_path / "run")]
     line = complaint(capsys, ["train", *arguments], status=1)
-    assert "No space left on device" in line
+    assert "cannot be written (no space left on device)" in line
     assert "members-000002-000003.safetensors" in line
     monkeypatch.undo()
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [

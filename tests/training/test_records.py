@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Trainer
 
-from ntk_ensembles.ensemble import MemberStatus, Recipe, TrainedCohort
+from ntk_ensembles.ensemble import MemberStatus, TrainedCohort
 from ntk_ensembles.tasks import Addition, EvaluationSet
 from ntk_ensembles.training import EnsembleModule, MemberRecords, Records, Theory
 
@@ -67,8 +67,7 @@ def test_a_member_that_is_there_twice_is_refused() -> None:
 def test_a_lightning_checkpoint_holds_the_members(tmp_path: Path) -> None:
     task = Addition(2)
     theory = Theory(task, EvaluationSet.sample(task, 20, 0))
-    recipe = Recipe(task.templates.labels.float(), 128)
-    module = EnsembleModule(recipe, theory)
+    module = EnsembleModule("addition", {"bits": 2}, {"width": 128, "evaluation_states": 20}, theory=theory)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -82,7 +81,9 @@ def test_a_lightning_checkpoint_holds_the_members(tmp_path: Path) -> None:
     module.training_step([0, 1, 2])
     path = tmp_path / "module.ckpt"
     trainer.save_checkpoint(path)
-    loaded = EnsembleModule.load_from_checkpoint(path, recipe=recipe, theory=theory, weights_only=True)
+    loaded = EnsembleModule.load_from_checkpoint(path, weights_only=True)
+    assert torch.equal(loaded.theory.mean, theory.mean)
+    assert loaded.recipe.width == 128
     before, after = module.records.gathered(), loaded.records.gathered()
     assert after.indices.tolist() == [0, 1, 2]
     assert torch.equal(before.deviations, after.deviations)
