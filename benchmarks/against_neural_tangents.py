@@ -9,7 +9,8 @@ Both predict mean and variance for the same encoded states, from the same templa
 must agree to 1e-12. A prediction is one state, all of its bits. The peer is timed twice: one state a call, as
 the paper's validation script uses it, and all states in one call, its best case. Ours start from the states
 (matching the templates included): `predict` gives means and variances, `run` is the closed loop of matching,
-predicting, decoding and comparing with the OR-machine. Rounds are interleaved; the median counts.
+predicting, decoding and comparing with the OR-machine. Rounds are interleaved; the median counts. Ours run on one
+thread, the peer on as many as JAX takes.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def compare(python: str, rounds: int, folder: Path) -> dict[str, Any]:
     from ntk_ensembles.theory.execution import NTKExecutor
     from ntk_ensembles.training.environment import environment
 
+    torch.set_num_threads(1)
     process = subprocess.Popen(
         [python, __file__, "--peer"],
         stdin=subprocess.PIPE,

@@ -4,7 +4,7 @@
 
 Both execute instructions of random programs in closed loop, from the same states, and must end in the same ones.
 The dense path is `TemplateSet.matches` and `TemplatePredictor.predict`, decoded bit by bit; ours is `NTKExecutor`.
-Rounds are interleaved; the median counts. Both use the threads that PyTorch uses by default, ours one of them.
+Rounds are interleaved; the median counts. Both run on one thread.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; the median counts")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     rows = [compare(SBN(cells, word), options.rounds) for cells, word in SIZES]
     for row in rows:
         print(
