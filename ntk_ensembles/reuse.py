@@ -14,6 +14,7 @@ from torch import Tensor
 from ntk_ensembles.ensemble import Members, choose_cohort
 from ntk_ensembles.ensemble.cohort_training import free_memory
 from ntk_ensembles.tasks import Task
+from ntk_ensembles.tasks.lists import TemplateLists
 from ntk_ensembles.theory import Decoder, decode, margins, thresholds
 from ntk_ensembles.theory.execution import RunResult, StepResult
 from ntk_ensembles.training import Run, StoreError
@@ -53,6 +54,8 @@ class Ensemble:
         self.members = tuple(sorted(index for part in parts for index in part.indices))
         self._parts = parts
         self._predictor = origin.theory.predictor
+        # A matrix product waits for all cores; where other programs run, that outlasts a step of a few states.
+        self._lists = TemplateLists(origin.task.templates)
         fits = len(self.members) * origin.recipe.member_bytes <= memory
         self._resident = [part.make() for part in parts] if fits else None
 
@@ -121,13 +124,14 @@ class Ensemble:
         Raises:
             ValueError: states of another number of bits.
         """
-        templates = self._predictor.templates
-        if states.shape[1] != templates.layout.bits:
-            raise ValueError(f"states of {states.shape[1]} bits: the task has {templates.layout.bits}")
+        bits = self.task.layout.bits
+        if states.shape[1] != bits:
+            raise ValueError(f"states of {states.shape[1]} bits: the task has {bits}")
         for indices, cohorts in self._in_memory():
             for start in range(0, len(states), _STATES_AT_ONCE):
                 rows = slice(start, start + _STATES_AT_ONCE)
-                inputs = templates.encode(templates.matches(states[rows]))
+                matches = torch.from_numpy(self._lists.matches(states[rows].numpy()))
+                inputs = self.task.templates.encode(matches)
                 yield indices, rows, Members.predict_together(cohorts, inputs).cpu()
 
     def _in_memory(self) -> Iterator[tuple[tuple[int, ...], list[Members]]]:
@@ -162,11 +166,9 @@ class Ensemble:
             ValueError: an unknown decoder, or states of another number of bits.
         """
         mean = self.predict(states)
-        templates = self._predictor.templates
-        matches = templates.matches(states)
-        matched = matches.sum(1)
+        matched, setting = map(torch.from_numpy, self._lists.counts(states.numpy()))
         levels = thresholds(decoder, self._predictor, matched)
-        truth = templates.counts(matches) > 0
+        truth = setting > 0
         decoded = decode(mean, levels)
         smallest = margins(mean, levels, truth).min(1).values.masked_fill(matched == 0, torch.inf)
         return StepResult(decoded, smallest, (decoded == truth).all(1))

@@ -14,6 +14,8 @@ from ntk_ensembles import SBN, Addition, Ensemble, EvaluationSet, Permutation, R
 from ntk_ensembles.tasks import Program
 from ntk_ensembles.theory.execution import NTKExecutor
 from ntk_ensembles.training import Run, StoreError
+from ntk_ensembles.training.merge import merge
+from ntk_ensembles.training.store import RunStore
 
 QUIET = Console(quiet=True)
 OPTIONS = RunOptions(width=600, ensemble=8, evaluation_states=60, tolerance=1e-6, cohort=3)
@@ -140,17 +142,74 @@ def test_it_runs_programs_of_the_computer(tmp_path: Path) -> None:
     assert Ensemble.load(tmp_path / "run").execute(programs) == [task.reference(program) for program in programs]
 
 
-def test_too_little_memory_brings_members_again_for_every_prediction(
-    added: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_memory_brings_members_again_for_every_prediction(added: Path) -> None:
     states = states_of(Addition(3))
     expected = Ensemble.load(added).predict(states)
     brought: list[int] = []
-    monkeypatch.setattr("ntk_ensembles.reuse.free_memory", lambda device: 1000)
-    ensemble = Ensemble.load(added, progress=brought.append)
+    ensemble = Ensemble.load(added, memory=1000, progress=brought.append)
     assert brought == []
-    assert torch.equal(ensemble.predict(states), expected)
+    # More states than are predicted at a time: still once each.
+    assert torch.equal(ensemble.predict(states.repeat(40, 1)), expected.repeat(40, 1))
     assert sum(brought) == 8
+
+
+def test_a_states_prediction_does_not_depend_on_the_others(added: Path) -> None:
+    states = states_of(Addition(3))
+    ensemble = Ensemble.load(added)
+    alone = torch.cat([ensemble.predict(state[None]) for state in states])
+    # Products of other shapes add up 600 float32 terms in another order.
+    torch.testing.assert_close(ensemble.predict(states), alone, rtol=0, atol=1e-6)
+    assert ensemble.predict(states[:0]).shape == (0, states.shape[1])
+    assert ensemble.run(states[:0], 3).states.shape == (0, states.shape[1])
+
+
+def test_what_does_not_fit_the_task_is_refused(added: Path) -> None:
+    ensemble = Ensemble.load(added)
+    with pytest.raises(ValueError, match="states of 8 bits: the task has 9"):
+        ensemble.step(torch.zeros(2, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match="does not fit 3 bits"):
+        ensemble.execute([(1, 2), (8, 0)])
+    with pytest.raises(ValueError, match="expected at least 0"):
+        ensemble.run(states_of(Addition(3)), -1)
+
+
+def test_a_run_of_a_cpu_can_be_used_where_there_is_a_gpu(added: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert Ensemble.load(added).execute([(5, 6)]) == [11]
+
+
+def as_if_of_a_gpu(run: Path, out: Path, cohorts: slice = slice(None)) -> Path:
+    """A copy of some of a run's cohorts that says that a GPU has trained them."""
+    origin = Run.open(run)
+    out.mkdir()
+    shutil.copy(run / "config.yaml", out)
+    store = RunStore(out, {**origin.store.manifest, "device": "cuda"})
+    store.begin()
+    paths = origin.store.weight_files()
+    for records, path in list(zip(origin.store.load(), paths, strict=True))[cohorts]:
+        weights = origin.store.load_weights(path)
+        store.save(records, {name: weights[name] for name in ("hidden", "readout")})
+    return out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_a_run_of_a_gpu_can_be_used_without_one_while_weights_are_kept(added: Path, tmp_path: Path) -> None:
+    directory = as_if_of_a_gpu(added, tmp_path / "moved")
+    states = states_of(Addition(3))
+    assert torch.equal(Ensemble.load(directory).predict(states), Ensemble.load(added).predict(states))
+    with pytest.raises(ValueError, match="device cuda: PyTorch sees no GPU here"):
+        Ensemble.load(directory, device="cuda")
+    sorted((directory / "weights").iterdir())[0].unlink()
+    with pytest.raises(StoreError, match="3 members have no kept weights and were trained on cuda; on cpu they would"):
+        Ensemble.load(directory)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_runs_of_gpus_are_merged_without_one(added: Path, tmp_path: Path) -> None:
+    parts = [as_if_of_a_gpu(added, tmp_path / str(start), slice(start, start + 1)) for start in (0, 1)]
+    merge(parts, str(tmp_path / "merged"), QUIET)
+    assert Run.open(tmp_path / "merged").device.type == "cuda"
+    assert Ensemble.load(tmp_path / "merged").members == (0, 1, 2, 3, 4, 5)
 
 
 def test_no_run(tmp_path: Path) -> None:

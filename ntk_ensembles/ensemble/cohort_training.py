@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ntk_ensembles.ensemble.descent import DescentOptions, Loss, MemberStatus, descend
 from ntk_ensembles.ensemble.functional import FunctionalModel
-from ntk_ensembles.ensemble.identity import IdentityModel
+from ntk_ensembles.ensemble.identity import IdentityModel, blocks_at_once
 from ntk_ensembles.ensemble.network import Cohort, Init, block_shape
 from ntk_ensembles.theory.kernels import InverseKernel
 
@@ -208,7 +208,7 @@ class Members:
         """
         first, *_ = parts
         inputs = inputs.to(first._device, first._recipe.dtype)
-        models = [model for part in parts for model in part._models]
+        models = [model for part in parts for model in part._predictors(len(inputs))]
         return torch.cat(first._phase("predict", lambda model: model.predict(inputs), models))
 
     def weights(self) -> dict[str, Tensor]:
@@ -221,6 +221,15 @@ class Members:
         """What computes; made when the weights are there, for the general engine copies them."""
         count = len(self._cohort.indices) if self._by_member else 0
         parts = [self._cohort.member(position) for position in range(count)] or [self._cohort]
+        return [self._model(part) for part in parts]
+
+    def _predictors(self, states: int) -> Sequence[IdentityModel | FunctionalModel]:
+        """What predicts so many states. For a few of them a core takes several members at once, its share at most."""
+        if not self._by_member:
+            return self._models
+        members, blocks, _, units = self._cohort.hidden.shape
+        size = max(min(-(-members // cpu_workers()), blocks_at_once(states, units) // blocks), 1)
+        parts = [self._cohort.part(slice(start, start + size)) for start in range(0, members, size)]
         return [self._model(part) for part in parts]
 
     def _model(self, part: Cohort) -> IdentityModel | FunctionalModel:

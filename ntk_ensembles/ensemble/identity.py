@@ -10,6 +10,7 @@ cache once a step and no temporary is larger than a block.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -34,13 +35,20 @@ class IdentityModel:
     """
 
     def __init__(self, cohort: Cohort, *, low_precision: bool = False) -> None:
-        members, blocks, templates, units = cohort.hidden.shape
         self._cohort = cohort
-        self._blocks = blocks
-        self._scale = 1 / math.sqrt(cohort.width * templates)
+        self._blocks = cohort.hidden.shape[1]
+        self._scale = 1 / math.sqrt(cohort.width * cohort.hidden.shape[2])
         self._low_precision = low_precision
-        self._active = cohort.hidden.new_empty((members, templates, units))
-        self._pulled = torch.empty_like(self._active)
+
+    @cached_property
+    def _active(self) -> Tensor:
+        """relu(W1) of a block; a buffer, made when training begins."""
+        return torch.empty_like(self._cohort.hidden[:, 0], memory_format=torch.contiguous_format)
+
+    @cached_property
+    def _pulled(self) -> Tensor:
+        """W2ᵀp of a block; a buffer likewise."""
+        return torch.empty_like(self._active)
 
     def outputs(self) -> Float[Tensor, "members bits templates"]:
         """f(X)ᵀ of every member."""
@@ -86,21 +94,31 @@ class IdentityModel:
 
     def _predict(self, inputs: Tensor) -> Tensor:
         cohort = self._cohort
-        members, _, bits, units = cohort.readout.shape
+        members, blocks, bits, units = cohort.readout.shape
         totals = inputs.new_zeros((members, len(inputs), bits))
         if inputs.device.type == "cpu":
-            # Adding up a few rows that the cache holds beats a product with the sparse inputs. Few inputs take
-            # several blocks at a time: the same sums in the same order, with fewer calls.
-            count = min(max(_SUMS_AT_ONCE // max(len(inputs) * units, 1), 1), self._blocks)
-            sparse = _SparseInputs(inputs, count)
-            for total, *layers in zip(totals, cohort.hidden, cohort.readout, strict=True):
-                for hidden, readout in zip(*(weights.split(count) for weights in layers), strict=True):
-                    total.addbmm_(sparse.times(hidden).relu_(), readout.mT)
+            # Adding up a few rows that the cache holds beats a product with the sparse inputs. Few inputs take several
+            # blocks, and several members, at once: the same sums in the same order, with fewer calls.
+            count = blocks_at_once(len(inputs), units)
+            together, count = min(max(count // blocks, 1), members), min(count, blocks)
+            sparse = _SparseInputs(inputs, together * count)
+            for first in range(0, members, together):
+                some = slice(first, first + together)
+                for start in range(0, blocks, count):
+                    part = some, slice(start, start + count)
+                    sums = sparse.times(cohort.hidden[part]).relu_()
+                    for total, *factors in zip(totals[some], sums, cohort.readout[part].mT, strict=True):
+                        total.addbmm_(*factors)
         else:
-            for block in range(self._blocks):
+            for block in range(blocks):
                 sums = inputs @ cohort.hidden[:, block]
                 totals.baddbmm_(sums.relu_(), cohort.readout[:, block].mT)
         return totals.mul_(self._scale)
+
+
+def blocks_at_once(inputs: int, units: int) -> int:
+    """How many blocks of so many hidden units predict together on a CPU: what they compute should stay in its cache."""
+    return max(_SUMS_AT_ONCE // max(inputs * units, 1), 1)
 
 
 class _SparseInputs:
@@ -115,14 +133,17 @@ class _SparseInputs:
         self._offsets = offsets + len(columns) * positions
         self._values = inputs[rows, columns].repeat(blocks, 1)
 
-    def times(self, hidden: Float[Tensor, "blocks templates units"]) -> Float[Tensor, "blocks inputs units"]:
+    def times(
+        self, hidden: Float[Tensor, "members blocks templates units"]
+    ) -> Float[Tensor, "members blocks inputs units"]:
         """The pre-activations of these blocks' units."""
-        blocks, _, units = hidden.shape
+        members, blocks, _, units = hidden.shape
+        count = members * blocks
         sums = functional.embedding_bag(
-            self._columns[:blocks].view(-1),
+            self._columns[:count].view(-1),
             hidden.reshape(-1, units),
-            self._offsets[:blocks].view(-1),
+            self._offsets[:count].view(-1),
             mode="sum",
-            per_sample_weights=self._values[:blocks].view(-1),
+            per_sample_weights=self._values[:count].view(-1),
         )
-        return sums.view(blocks, -1, units)
+        return sums.view(members, blocks, -1, units)

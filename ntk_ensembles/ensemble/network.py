@@ -124,8 +124,12 @@ class Cohort:
 
     def member(self, position: int) -> Cohort:
         """A cohort of one member, sharing its weights."""
-        part = slice(position, position + 1)
-        return Cohort(self.seed, self.indices[part], self.init, self.width, self.hidden[part], self.readout[part])
+        return self.part(slice(position, position + 1))
+
+    def part(self, positions: slice) -> Cohort:
+        """A cohort of some of the members, sharing their weights."""
+        indices, hidden, readout = self.indices[positions], self.hidden[positions], self.readout[positions]
+        return Cohort(self.seed, indices, self.init, self.width, hidden, readout)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the weights as `TwoLayerMLP` names them, each with the members' axis in front."""

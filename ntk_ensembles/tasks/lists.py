@@ -26,16 +26,23 @@ class TemplateLists:
         # What a template sets beyond its last bit is bit m, which is dropped.
         self._sets = _padded([list(rule.sets) for rule in rules], bits)
 
-    def counts(
-        self, states: Bool[NDArray[np.bool_], "states bits"]
-    ) -> tuple[Int[NDArray[np.int64], " states"], Int[NDArray[np.int64], "states bits"]]:
-        """Count s and C_j of every state."""
+    def matches(self, states: Bool[NDArray[np.bool_], "states bits"]) -> Bool[NDArray[np.bool_], "states templates"]:
+        """Which templates match each state."""
         count, bits = states.shape
         literals = np.ones((count, 2 * bits + 1), np.bool_)
         literals[:, :bits] = states
         np.logical_not(states, out=literals[:, bits : 2 * bits])
         # A mode that cannot fail spares a second copy.
-        state, template = np.nonzero(literals.take(self._conditions, axis=1, mode="clip").all(1))
+        holds = literals.take(self._conditions, axis=1, mode="clip")
+        matches: NDArray[np.bool_] = np.logical_and.reduce(holds, axis=1)
+        return matches
+
+    def counts(
+        self, states: Bool[NDArray[np.bool_], "states bits"]
+    ) -> tuple[Int[NDArray[np.int64], " states"], Int[NDArray[np.int64], "states bits"]]:
+        """Count s and C_j of every state."""
+        count, bits = states.shape
+        state, template = np.nonzero(self.matches(states))
         cells = state[:, None] * (bits + 1) + self._sets[template]
         setting = np.bincount(cells.reshape(-1), minlength=count * (bits + 1)).reshape(count, bits + 1)
         return np.bincount(state, minlength=count), setting[:, :bits]

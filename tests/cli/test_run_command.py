@@ -334,3 +334,14 @@ def test_it_is_a_subcommand(program: str, capsys: pytest.CaptureFixture[str]) ->
         main(["run", program, "--set", "x"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("ntk-ensembles run: error: ")
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    script = "from ntk_ensembles.cli.main import main; import sys; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "run", "gcd", "--backend", "interpreter", "--json"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert ended.returncode == 1
+    assert ended.stderr == ""

@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 import torch
 
-from ntk_ensembles.ensemble import Engine, Init, Members, Recipe, TrainedCohort, choose_cohort, train_cohort
+from ntk_ensembles.ensemble import (
+    Engine,
+    Init,
+    Members,
+    Recipe,
+    TrainedCohort,
+    TwoLayerMLP,
+    choose_cohort,
+    train_cohort,
+)
 from ntk_ensembles.tasks import Addition, EvaluationSet
 from ntk_ensembles.training import Theory
 
@@ -26,6 +35,23 @@ def test_predictions_are_the_same_to_the_bit_in_every_cohort() -> None:
         assert torch.equal(alone.predictions[indices.index(3)], together.predictions[3])
         assert alone.statuses[indices.index(3)] == together.statuses[3]
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("states", [0, 1, 7, 50])
+def test_few_states_are_predicted_to_the_same_bit_in_every_cohort(states: int) -> None:
+    """Members, and blocks of hidden units, that are computed at once for a few states do not mix."""
+    inputs = torch.cat([THEORY.inputs[:states], torch.zeros(1, len(TASK.templates), dtype=torch.float64)])
+    trained = train_cohort(recipe(2100), range(5), inputs, CPU, keep_weights=True)
+    weights = trained.weights
+    assert weights is not None
+    for member in range(5):
+        own = {name: value[member : member + 1] for name, value in weights.items()}
+        alone = Members.restore(recipe(2100), [member], own, CPU)
+        assert torch.equal(alone.predict(inputs)[0], trained.predictions[member])
+        network = TwoLayerMLP(len(TASK.templates), TASK.layout.bits, 2100).double()
+        network.load_state_dict({name: value[0] for name, value in own.items()})
+        # float32 sums of 2100 terms.
+        torch.testing.assert_close(trained.predictions[member].double(), network(inputs), rtol=0, atol=2e-6)
 
 
 def test_engines_agree_to_rounding() -> None:
