@@ -154,6 +154,8 @@ def run_command(arguments: Sequence[str] | None = None, prog: str = "ntk-ensembl
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise  # by the reader of the output, not by bad input
     except (OSError, ValueError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
