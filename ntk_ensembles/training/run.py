@@ -79,7 +79,7 @@ class Run:
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
             word, given = str(config.pop("task")), {name: config.pop(name) for name in RECORDED}
-        except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise StoreError(f"{path}: is damaged ({error!r}); expected the options of the run") from None
         try:
             return cls(find_task(word).from_options(config), RunOptions(**given), store)
@@ -205,7 +205,7 @@ def train(
     if process_rank():
         # The first process decides and speaks.
         end_with_parent()
-        _fit(task, options, None, None, Console(quiet=True), 1)
+        _fit(task, options, None, None, Console(quiet=True))
         return {}
     console = console or Console()
     device = device_of(options)
@@ -231,7 +231,7 @@ def train(
         if missing:
             plan = Plan(str(run.store.directory), missing, cohort)
             try:
-                records = _fit(task, options, run, plan, console, processes, earlier, keep_weights)
+                records = _fit(task, options, run, plan, console, earlier, keep_weights)
             except Stopped as stopped:
                 # Ctrl-C reaches the program again: Lightning ignores it from the first one on.
                 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -312,7 +312,6 @@ def _fit(
     run: Run | None,
     plan: Plan | None,
     console: Console,
-    processes: int,
     earlier: Records | None = None,
     keep_weights: bool | None = None,
 ) -> Records:

@@ -209,6 +209,7 @@ def test_a_damaged_config_is_refused(copy: Path, content: bytes, capsys: pytest.
     line = complaint(capsys, ["train", "--resume", str(copy)])
     assert str(copy / "config.yaml") in line
     assert "is damaged" in line
+    assert "config.yaml: is damaged" in complaint(capsys, ["evaluate", str(copy)])
 
 
 def test_a_directory_in_use_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
