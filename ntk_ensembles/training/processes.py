@@ -56,6 +56,8 @@ class MembersLauncher(_SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the other processes, watch them, and do this one's work."""
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        # Not Ctrl-C's signal, which a program that was started in the background ignores.
+        signal.signal(signal.SIGUSR2, signal.default_int_handler)
         self._call_children_scripts()
         self.ending = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
@@ -72,7 +74,7 @@ class MembersLauncher(_SubprocessScriptLauncher):
             if failed:
                 self.died = failed[0]
                 self.end_children()
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGUSR2)
                 return
 
     def end_children(self) -> None:
