@@ -6,9 +6,7 @@ import itertools
 import json
 import math
 import random
-import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ntk_ensembles.cli.parsing import parse_task
-from ntk_ensembles.cli.terminal import console
+from ntk_ensembles.cli.terminal import command, console
 from ntk_ensembles.tasks import EvaluationSet, Task, check_range
 from ntk_ensembles.tasks.extremes import Extreme, MatchExtremes, exclusive_bits
 from ntk_ensembles.theory import (
@@ -82,15 +80,15 @@ class CertifyOptions:
         return DECODERS if self.decode == "both" else (self.decode,)
 
 
-def certify_command(arguments: Sequence[str] | None = None, prog: str = "ntk-ensembles certify") -> int:
+@command("ntk-ensembles certify")
+def certify_command(arguments: list[str], prog: str) -> int:
     """Print a certificate; exit status 0 if exact for all states, 1 if not, 2 for bad input."""
-    task, options, _ = parse_task(sys.argv[1:] if arguments is None else arguments, prog, _DESCRIPTION, CertifyOptions)
+    task, options, _ = parse_task(arguments, prog, _DESCRIPTION, CertifyOptions)
     try:
         with console(stderr=True).status("searching all states for the worst ones …"):
             certificate = certificate_of(task, options)
-    except (ValueError, RuntimeError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
     if options.json:
         print(json.dumps(certificate, allow_nan=False))
     else:

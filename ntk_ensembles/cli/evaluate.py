@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,13 +13,13 @@ from torch import Tensor
 
 from ntk_ensembles.cli.parsing import OneLineParser
 from ntk_ensembles.cli.progress import WorkProgress
-from ntk_ensembles.cli.terminal import console
+from ntk_ensembles.cli.terminal import command, console
+from ntk_ensembles.files import write_atomically
 from ntk_ensembles.reuse import Ensemble, without_weights
 from ntk_ensembles.tasks import EvaluationSet, check_range
 from ntk_ensembles.theory import DECODERS, Decoder
-from ntk_ensembles.training import Run, SaveError, Theory, convergence
+from ntk_ensembles.training import Run, Theory, convergence
 from ntk_ensembles.training.report import show_rows
-from ntk_ensembles.training.store import write_atomically
 
 _DESCRIPTION = (
     "Judge a run's members again: on other evaluation states, by one decoder, for other numbers of members N. On the "
@@ -30,7 +28,8 @@ _DESCRIPTION = (
 )
 
 
-def evaluate_command(arguments: Sequence[str] | None = None, prog: str = "ntk-ensembles evaluate") -> int:
+@command("ntk-ensembles evaluate")
+def evaluate_command(arguments: list[str], prog: str) -> int:
     """Judge a run again; exit status 0, 1 if the disk gave out, 2 for bad input, 130 if interrupted."""
     parser = OneLineParser(prog=prog, description=_DESCRIPTION)
     parser.add_argument("run", type=str, metavar="RUN_DIR", help="A run directory of train.py, finished or not.")
@@ -41,37 +40,27 @@ def evaluate_command(arguments: Sequence[str] | None = None, prog: str = "ntk-en
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
     parser.add_argument("--out", type=str, help="Write that JSON object to a file.")
     parser.finish()
-    options = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
+    options = parser.parse_args(arguments)
     # Beside an object that programs read, talk goes to standard error.
     talk = console(stderr=options.json)
-    try:
-        run = Run.open(Path(options.run))
-        states, seed = options.evaluation_states, options.evaluation_seed
-        states = run.options.evaluation_states if states is None else states
-        seed = run.options.evaluation_seed if seed is None else seed
-        check_range("evaluation_states", states, 1, 1_000_000)
-        check_range("evaluation_seed", seed, 0, (1 << 63) - 1)
-        records = run.records()
-        sizes = _sizes(options.members, int(records.converged.sum()))
-        if (states, seed) == (run.options.evaluation_states, run.options.evaluation_seed):
-            theory, deviations = run.theory, records.deviations[records.converged]
-        else:
-            theory = Theory(run.task, EvaluationSet.sample(run.task, states, seed), run.options.init)
-            deviations = _deviations(run, theory, talk)
-        rows = [asdict(row) for row in convergence(theory, deviations, sizes)]
-        found = {"run": options.run, "evaluation_states": len(theory.evaluation), "evaluation_seed": seed}
-        text = json.dumps({**found, "convergence": rows}, allow_nan=False)
-        if options.out is not None:
-            write_atomically(Path(options.out), lambda part: part.write_text(text + "\n", encoding="utf-8"))
-    except ValueError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except SaveError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+    run = Run.open(Path(options.run))
+    states, seed = options.evaluation_states, options.evaluation_seed
+    states = run.options.evaluation_states if states is None else states
+    seed = run.options.evaluation_seed if seed is None else seed
+    check_range("evaluation_states", states, 1, 1_000_000)
+    check_range("evaluation_seed", seed, 0, (1 << 63) - 1)
+    records = run.records()
+    sizes = _sizes(options.members, int(records.converged.sum()))
+    if (states, seed) == (run.options.evaluation_states, run.options.evaluation_seed):
+        theory, deviations = run.theory, records.deviations[records.converged]
+    else:
+        theory = Theory(run.task, EvaluationSet.sample(run.task, states, seed), run.options.init)
+        deviations = _deviations(run, theory, talk)
+    rows = [asdict(row) for row in convergence(theory, deviations, sizes)]
+    found = {"run": options.run, "evaluation_states": len(theory.evaluation), "evaluation_seed": seed}
+    text = json.dumps({**found, "convergence": rows}, allow_nan=False)
+    if options.out is not None:
+        write_atomically(Path(options.out), lambda part: part.write_text(text + "\n", encoding="utf-8"))
     if options.json:
         print(text)
     else:

@@ -1,9 +1,8 @@
-"""The console script `ntk-ensembles`: one subcommand for each file of this folder."""
+"""The console script `ntk-ensembles`: one subcommand for each file of this folder that has a `*_command`."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
@@ -24,13 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in COMMANDS:
         name = arguments[0]
         command = getattr(importlib.import_module(f"ntk_ensembles.cli.{name}"), f"{name}_command")
-        try:
-            status: int = command(arguments[1:], f"ntk-ensembles {name}")
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever read the output has seen enough (`… | head`); nothing more can be written, at exit either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+        status: int = command(arguments[1:], f"ntk-ensembles {name}")
         return status
     lines = ["usage: ntk-ensembles COMMAND …", "", *(f"  {name:<10}{text}" for name, text in COMMANDS.items())]
     lines += ["", "ntk-ensembles COMMAND --help explains each."]

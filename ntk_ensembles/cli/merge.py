@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from ntk_ensembles.cli.parsing import OneLineParser
-from ntk_ensembles.cli.terminal import console
+from ntk_ensembles.cli.terminal import command, console
 from ntk_ensembles.training.merge import merge
-from ntk_ensembles.training.store import SaveError
 
 _DESCRIPTION = (
     "Put runs that trained different members of one ensemble (--first-member; several machines, a job array) into a "
@@ -17,19 +14,13 @@ _DESCRIPTION = (
 )
 
 
-def merge_command(arguments: Sequence[str] | None = None, prog: str = "ntk-ensembles merge") -> int:
+@command("ntk-ensembles merge")
+def merge_command(arguments: list[str], prog: str) -> int:
     """Merge runs; exit status 0, 1 if the disk gave out, 2 for runs that cannot be merged."""
     parser = OneLineParser(prog=prog, description=_DESCRIPTION)
     parser.add_argument("runs", nargs="+", type=str, metavar="RUN_DIR", help="Two or more run directories.")
     parser.add_argument("--out", type=str, help="Directory of the merged run. By default a fresh one under runs/.")
     parser.finish()
-    options = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
-    try:
-        merge([Path(name) for name in options.runs], options.out, console())
-    except ValueError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except SaveError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 1
+    options = parser.parse_args(arguments)
+    merge([Path(name) for name in options.runs], options.out, console())
     return 0

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from ntk_ensembles.cli.parsing import OneLineParser
 from ntk_ensembles.cli.progress import WorkProgress
-from ntk_ensembles.cli.terminal import console
+from ntk_ensembles.cli.terminal import command, console
+from ntk_ensembles.files import write_atomically
 from ntk_ensembles.sbn import Assembly, Branch, Machine, cells_for, find_program, library, load_program
 from ntk_ensembles.sbn.execution import Batch, Execution, Executor
 from ntk_ensembles.sbn.watch import Watch, memory_table
@@ -134,31 +135,22 @@ class _Job:
     assembly: Assembly
 
 
-def run_command(arguments: Sequence[str] | None = None, prog: str = "ntk-ensembles run") -> int:
+@command("ntk-ensembles run")
+def run_command(arguments: list[str], prog: str) -> int:
     """Execute programs; exit status 0 if all halted without a wrong bit, 1 if not, 2 for bad input."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser(prog)
     values = vars(parser.parse_args(_one_setting_each(arguments)))
     names, settings = values.pop("program"), values.pop("set") or []
     try:
-        try:
-            options = ExecutionOptions(**values)
-            _check_together(options, names, settings)
-            task, jobs = _load_programs(options, names, settings) if options.batch is None else _load_lines(options)
-            backend = _open_backend(options, task)
-        except ValueError as error:
-            parser.error(str(error))
-        if options.batch is not None or len(jobs) > 1:
-            return _run_many(task, backend, jobs)
-        return _run_one(task, backend, jobs[0], options)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        raise  # by the reader of the output, not by bad input
-    except (OSError, ValueError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
+        options = ExecutionOptions(**values)
+        _check_together(options, names, settings)
+        task, jobs = _load_programs(options, names, settings) if options.batch is None else _load_lines(options)
+        backend = _open_backend(options, task)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.batch is not None or len(jobs) > 1:
+        return _run_many(task, backend, jobs)
+    return _run_one(task, backend, jobs[0], options)
 
 
 def _parser(prog: str) -> OneLineParser:
@@ -405,12 +397,15 @@ def _run_one(task: SBN, backend: _Backend, job: _Job, options: ExecutionOptions)
     else:
         _advance(batch, job.program.instructions)
     execution = batch.execution(0)
-    if options.records:
-        _keep_history(batch, job, options, title)
-    if options.json:
-        print(json.dumps(_record(execution), allow_nan=False))
-    else:
-        _report(execution, job, task, title, console())
+    try:
+        if options.records:
+            _keep_history(batch, job, options, title)
+    finally:
+        # Whatever becomes of the files.
+        if options.json:
+            print(json.dumps(_record(execution), allow_nan=False))
+        else:
+            _report(execution, job, task, title, console())
     return 0 if execution.succeeded else 1
 
 
@@ -422,7 +417,8 @@ def _keep_history(batch: Batch, job: _Job, options: ExecutionOptions, title: str
     if options.trace is not None:
         write_trace(Path(options.trace), task, history, labels)
     if options.figure is not None:
-        history_figure(task, history, labels, title).savefig(options.figure, dpi=DPI)
+        figure = history_figure(task, history, labels, title)
+        write_atomically(Path(options.figure), lambda part: figure.savefig(part, dpi=DPI, format="png"))
     if options.tensorboard is not None:
         chart(Path(options.tensorboard), task, history, labels, title)
 

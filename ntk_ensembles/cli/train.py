@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ntk_ensembles.cli.parsing import chosen_task, parse_task, value_of
-from ntk_ensembles.cli.terminal import console
+from ntk_ensembles.cli.terminal import command, console
 from ntk_ensembles.training.options import RunOptions
 from ntk_ensembles.training.run import train
-from ntk_ensembles.training.store import RunStore, SaveError, StoreError
+from ntk_ensembles.training.store import RunStore, StoreError
 
 _DESCRIPTION = (
     "Train an ensemble of wide two-layer networks on a task's templates and measure it against the NTK prediction. "
@@ -18,27 +17,20 @@ _DESCRIPTION = (
 )
 
 
-def train_command(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
+@command("train.py")
+def train_command(arguments: list[str], prog: str) -> int:
     """Train an ensemble or go on with one.
 
     Exit status 0; 1 if no member converged, or if the disk or the memory gave out; 2 for bad input; 130 if
     interrupted.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [*_config_of_resumed(arguments), *arguments]
+    task, options, values = parse_task(arguments, prog, _DESCRIPTION, RunOptions)
     try:
-        arguments = [*_config_of_resumed(arguments), *arguments]
-        task, options, values = parse_task(arguments, prog, _DESCRIPTION, RunOptions)
         results = train(task, options, console(), values["task"])
-    except ValueError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, SaveError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt as interrupt:
         said = str(interrupt) or "interrupted; what was finished is kept, go on with --resume"
-        print(f"{prog}: {said}", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(said) from None
     return 0 if not results or results["convergence"] else 1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from ntk_ensembles.cli.parsing import parse_choice
 from ntk_ensembles.cli.progress import WorkProgress
-from ntk_ensembles.cli.terminal import console
+from ntk_ensembles.cli.terminal import command, console
 from ntk_ensembles.sbn import Branch
 from ntk_ensembles.tasks import SBN, Addition, Multiplication, Permutation, TemplateSet, check_range
 from ntk_ensembles.tasks.extremes import MatchExtremes
@@ -224,10 +223,11 @@ class _Checked:
         }
 
 
-def validate_command(arguments: Sequence[str] | None = None, prog: str = "ntk-ensembles validate") -> int:
+@command("ntk-ensembles validate")
+def validate_command(arguments: list[str], prog: str) -> int:
     """Validate and print a table; exit status 0 if nothing fails, 1 if something does, 2 for bad input."""
     validation, options, values = parse_choice(
-        sys.argv[1:] if arguments is None else arguments,
+        arguments,
         prog,
         _DESCRIPTION,
         _find,
@@ -235,12 +235,8 @@ def validate_command(arguments: Sequence[str] | None = None, prog: str = "ntk-en
         ValidateOptions,
     )
     started_at = time.monotonic()
-    try:
-        with WorkProgress(values["task"], validation.work(), console(stderr=True)) as progress:
-            rows = validation.rows(options.decoders, progress.advance)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+    with WorkProgress(values["task"], validation.work(), console(stderr=True)) as progress:
+        rows = validation.rows(options.decoders, progress.advance)
     results = {
         "task": {key: value for key, value in values.items() if key not in ("decode", "json")},
         "rows": rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
+from ntk_ensembles.files import write_atomically
 from ntk_ensembles.sbn.execution import PHASES, History
 from ntk_ensembles.tasks.sbn import SBN
 
@@ -49,13 +51,16 @@ def write_trace(path: Path, task: SBN, history: History, labels: Mapping[str, in
         labels: of the program.
 
     Raises:
-        OSError: it cannot be written.
+        SaveError: it cannot be written.
     """
-    with path.open("w", encoding="utf-8") as file:
-        head = {"cells": task.cells, "word": task.word, "branch": task.branch, "labels": dict(labels)}
-        file.write(json.dumps(head) + "\n")
-        for line in _trace(task, history):
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+    head = {"cells": task.cells, "word": task.word, "branch": task.branch, "labels": dict(labels)}
+
+    def write(part: Path) -> None:
+        with part.open("w", encoding="utf-8") as file:
+            for line in itertools.chain([head], _trace(task, history)):
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    write_atomically(path, write)
 
 
 def _trace(task: SBN, history: History) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from ntk_ensembles.training.module import EnsembleModule, MembersDataModule
 from ntk_ensembles.training.options import RunOptions
 from ntk_ensembles.training.records import MemberRecords, Records
 from ntk_ensembles.training.run import Interrupted, Run, train
-from ntk_ensembles.training.store import RunStore, SaveError, StoreError
+from ntk_ensembles.training.store import RunStore, StoreError
 
 __all__ = [
     "BitAccuracy",
@@ -26,7 +26,6 @@ __all__ = [
     "Run",
     "RunOptions",
     "RunStore",
-    "SaveError",
     "StoreError",
     "Theory",
     "convergence",

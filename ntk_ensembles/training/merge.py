@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
+from ntk_ensembles.files import write_atomically
 from ntk_ensembles.tasks import task_word
 from ntk_ensembles.training.report import report
 from ntk_ensembles.training.run import Run, prepare_directory
-from ntk_ensembles.training.store import StoreError, difference, lock, write_atomically
+from ntk_ensembles.training.store import StoreError, difference, lock
 
 
 def merge(directories: Sequence[Path], out: str | None = None, console: Console | None = None) -> dict[str, Any]:

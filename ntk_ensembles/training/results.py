@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from ntk_ensembles.files import write_atomically
 from ntk_ensembles.tasks import Task
 from ntk_ensembles.theory import DECODERS, Decoder, ExactMatchBand
 from ntk_ensembles.training.convergence import ConvergenceRow, Theory, convergence
 from ntk_ensembles.training.environment import environment, peak_memory
 from ntk_ensembles.training.figures import convergence_figure
 from ntk_ensembles.training.records import PHASES, Records
-from ntk_ensembles.training.store import RunStore, write_atomically
+from ntk_ensembles.training.store import RunStore
 
 TENSORBOARD = "tensorboard"
 """The folder of a run's events."""

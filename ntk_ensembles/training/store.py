@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ntk_ensembles.ensemble import Recipe
+from ntk_ensembles.files import write_atomically
 from ntk_ensembles.tasks import EvaluationSet, Task, TemplateSet
 from ntk_ensembles.training.records import Records
 
@@ -38,10 +36,6 @@ FORMAT = 1
 
 class StoreError(ValueError):
     """A run directory, or a file in it, cannot be used; the message says which and what to do."""
-
-
-class SaveError(Exception):
-    """A file cannot be written; what was there before is intact."""
 
 
 def identity(
@@ -277,36 +271,3 @@ def lock(directory: Path) -> Iterator[None]:
         except OSError:
             raise StoreError(f"{directory}: another process is writing there; wait for it, or end it") from None
         yield
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and move it there, so that a reader sees all of it or nothing.
-
-    Raises:
-        SaveError: the disk is full or the place cannot be written; what was there before is intact.
-    """
-    part: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        part = Path(name)
-        write(part)
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
-        part.chmod(0o644)
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(f"{path}: cannot be written ({_reason(error)}); what was saved before is intact") from error
-    finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
-
-
-def _reason(error: Exception) -> str:
-    """Why a file cannot be written, in the system's words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    # What safetensors raises has the number only in its text.
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    return os.strerror(int(number[1])).lower() if number else str(error)

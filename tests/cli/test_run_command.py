@@ -113,6 +113,16 @@ def test_a_library_program_for_people(capsys: pytest.CaptureFixture[str]) -> Non
     assert "agreed" not in printed
 
 
+def test_a_full_disk_costs_the_file_and_not_the_result(
+    program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    assert run_command([program, "--json", "--trace", str(tmp_path / "full")]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["memory"]
+    assert captured.err.endswith("full: cannot be written (no space left on device); what was saved before is intact\n")
+
+
 def test_changed_labels_of_other_programs(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command([program]) == 0
     assert "changed: y = -42\n" in capsys.readouterr().out
