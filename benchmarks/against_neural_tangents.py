@@ -8,9 +8,9 @@ neural-tangents needs an old JAX, so it has an environment of its own:
 Both predict mean and variance for the same encoded states, from the same templates, in double precision; they
 must agree to 1e-12. A prediction is one state, all of its bits. The peer is timed twice: one state a call, as
 the paper's validation script uses it, and all states in one call, its best case. Ours start from the states
-(matching the templates included): `predict` gives means and variances, `run` is the closed loop of matching,
-predicting, decoding and comparing with the OR-machine. Rounds are interleaved; the median counts. Ours run on one
-thread, the peer on as many as JAX takes.
+(matching the templates included): `NTKExecutor.predict` gives the same means and variances, `run` is the closed
+loop of matching, predicting, decoding and comparing with the OR-machine. Rounds are interleaved; the median counts.
+Ours run on one thread, the peer on as many as JAX takes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 AGREEMENT = 1e-12
-STATES = 4096
+STATES = 1 << 14
 CLOSED_LOOP_STATES = 1 << 16
 
 
@@ -99,7 +99,7 @@ def compare(python: str, rounds: int, folder: Path) -> dict[str, Any]:
     """All figures, task by task."""
     import torch
 
-    from ntk_ensembles import SBN, Addition, EvaluationSet, Multiplication, TemplatePredictor
+    from ntk_ensembles import SBN, Addition, EvaluationSet, Multiplication
     from ntk_ensembles.theory.execution import NTKExecutor
     from ntk_ensembles.training.environment import environment
 
@@ -138,15 +138,14 @@ def compare(python: str, rounds: int, folder: Path) -> dict[str, Any]:
         # Nothing matches the zero state; the peer's kernel is undefined there.
         keep = evaluation.matches.any(1)
         states, matches = evaluation.states[keep], evaluation.matches[keep]
-        predictor = TemplatePredictor(task.templates)
+        executor = NTKExecutor(task.templates)
         file, out = folder / "task.npz", folder / "answer.npz"
         labels = task.templates.labels.to(torch.float64).numpy()
         np.savez(file, inputs=task.templates.encode(matches).numpy(), labels=labels)
-        gaussian = predictor.predict(matches)
+        gaussian = executor.predict(states)
         largest = 0.0
         many = states.repeat(-(-STATES // len(states)), 1)[:STATES]
         loop = states.repeat(-(-CLOSED_LOOP_STATES // len(states)), 1)[:CLOSED_LOOP_STATES]
-        executor = NTKExecutor(task.templates)
         rates: dict[str, list[float]] = {"peer_single": [], "peer_batch": [], "predict": [], "run": []}
         # So few that no evaluation set comes to rest before they are done.
         steps = 4
@@ -161,7 +160,7 @@ def compare(python: str, rounds: int, folder: Path) -> dict[str, Any]:
                     float(np.abs(answer["variance"] - gaussian.variance[:size].numpy()).max()),
                 )
             rates["predict"].append(
-                rate(lambda: predictor.predict(task.templates.matches(many)), len(many))  # noqa: B023
+                rate(lambda: executor.predict(many), len(many))  # noqa: B023
             )
             rates["run"].append(rate(lambda: executor.run(loop, steps), len(loop) * steps))  # noqa: B023
         if largest > AGREEMENT:

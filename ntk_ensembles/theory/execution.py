@@ -37,7 +37,7 @@ from ntk_ensembles.tasks.planes import (
 )
 from ntk_ensembles.tasks.templates import TemplateSet
 from ntk_ensembles.theory.decoding import Decoder, decode, margins, thresholds
-from ntk_ensembles.theory.predictor import TemplatePredictor
+from ntk_ensembles.theory.predictor import Gaussian, TemplatePredictor
 
 _FEW = 16
 """Up to so many states are stepped by lists; planes have a fixed cost, lists one for each state."""
@@ -104,6 +104,24 @@ class NTKExecutor:
         self._lists = TemplateLists(templates)
         self._outcomes = _Outcomes(TemplatePredictor(templates, padding), decoder, self.planes)
         self._lookups: dict[bool | None, _MarginLookup] = {}
+        self._lanes = self.planes.words * LANES
+
+    def predict(self, states: Bool[Tensor, "states bits"]) -> Gaussian:
+        """Mean and variance of one member's outputs at every state, as `TemplatePredictor.predict`, looked up.
+
+        Raises:
+            ValueError: states of another number of bits.
+        """
+        self._check(states)
+        if len(states) <= _FEW:
+            matched, setting = self._lists.counts(states.numpy())
+            mean = self._outcomes.means[matched[:, None], self._outcomes.of_bit + setting]
+            return Gaussian(torch.from_numpy(mean), torch.from_numpy(self._outcomes.variances[matched]))
+        mean, variance = np.empty((self._bits, len(states))), np.empty(len(states))
+        for start in range(0, len(states), self._lanes):
+            lanes = slice(start, min(start + self._lanes, len(states)))
+            self._predict_planes(states[lanes], mean[:, lanes], variance[lanes])
+        return Gaussian(torch.from_numpy(mean).T, torch.from_numpy(variance))
 
     def step(self, states: Bool[Tensor, "states bits"]) -> StepResult:
         """One micro-step of every state.
@@ -122,15 +140,14 @@ class NTKExecutor:
         Raises:
             ValueError: states of another number of bits, or a negative number of micro-steps.
         """
-        if states.shape[1] != self._bits:
-            raise ValueError(f"states of {states.shape[1]} bits: the templates have {self._bits}")
+        self._check(states)
         if micro_steps < 0:
             raise ValueError(f"{micro_steps} micro-steps: expected at least 0")
         if len(states) <= _FEW:
             return self._run_few(states, micro_steps)
-        lanes = self.planes.words * LANES
         results = [
-            self._run_planes(states[start : start + lanes], micro_steps) for start in range(0, len(states), lanes)
+            self._run_planes(states[start : start + self._lanes], micro_steps)
+            for start in range(0, len(states), self._lanes)
         ]
         return RunResult(
             torch.cat([result.states for result in results]),
@@ -178,6 +195,30 @@ class NTKExecutor:
             self._lookups[ones] = _MarginLookup(self._outcomes, self.planes.groups, ones)
         return self._lookups[ones](counts)
 
+    def _check(self, states: Bool[Tensor, "states bits"]) -> None:
+        if states.shape[1] != self._bits:
+            raise ValueError(f"states of {states.shape[1]} bits: the templates have {self._bits}")
+
+    def _predict_planes(
+        self,
+        states: Bool[Tensor, "states bits"],
+        mean: Float64[NDArray[np.float64], "bits states"],
+        variance: Float64[NDArray[np.float64], " states"],
+    ) -> None:
+        """Fill in mean and variance."""
+        count = len(states)
+        counts = self.planes.counts(pack(states))
+        matched = to_integers(counts.matched)[:count].astype(np.intp)
+        variance[:] = self._outcomes.variances[matched]
+        for group, first, digits in zip(self.planes.groups, self._outcomes.first, counts.setting, strict=True):
+            # C_j is small, so one look-up by s for each of its values serves all bits of the group.
+            of_setting = [self._outcomes.means[:, first + setting][matched] for setting in range(group.setting_max + 1)]
+            for row, bit in enumerate(group.bits):
+                mean[bit] = of_setting[0]
+                for setting in range(1, group.setting_max + 1):
+                    present = equal([digit[row : row + 1] for digit in digits], setting)
+                    np.copyto(mean[bit], of_setting[setting], where=to_mask(present[0])[:count])
+
     def _run_planes(self, states: Bool[Tensor, "states bits"], micro_steps: int) -> RunResult:
         planes = pack(states)
         smallest = np.full(planes.shape[1] * LANES, np.inf)
@@ -212,9 +253,11 @@ class NTKExecutor:
 
 
 class _Outcomes:
-    """What a bit decodes to, and its margin, for every s (rows) and every pair of F_j and C_j (columns).
+    """What a bit is predicted and decodes to, for every s (rows) and every pair of F_j and C_j (columns).
 
     Attributes:
+        means: the prediction's mean.
+        variances: its variance for every s.
         decoded: the decoded bit; in rows s < C_j, which cannot be, the OR-machine's.
         margins: its distance from the threshold, negative if decoded wrongly; ∞ for s = 0 and where s < C_j.
         first: for each group of bits the column of C_j = 0; those of C_j = 1, 2, … follow.
@@ -235,15 +278,18 @@ class _Outcomes:
 
         bits = torch.tensor([example[fan_in] for fan_in, _ in kinds])
         setting = torch.tensor([setting for _, setting in kinds])
-        decoded, distances = [], []
+        means, decoded, distances = [], [], []
         for start in range(0, planes.matched_max + 1, _ROWS_AT_ONCE):
             matched = torch.arange(start, min(start + _ROWS_AT_ONCE, planes.matched_max + 1))
             mean = predictor.mean(matched, setting.expand(len(matched), -1), predictor.fan_in[bits])
             levels = thresholds(decoder, predictor, matched)[:, bits]
             true = (setting > 0).expand_as(mean)
             impossible = matched[:, None] < setting
+            means.append(mean)
             decoded.append(decode(mean, levels).where(~impossible, true))
             distances.append(margins(mean, levels, true).masked_fill(impossible | (matched == 0)[:, None], torch.inf))
+        self.means: Float64[NDArray[np.float64], "matched columns"] = torch.cat(means).numpy()
+        self.variances = predictor.variance(torch.arange(planes.matched_max + 1)).numpy()
         self.decoded: Bool[NDArray[np.bool_], "matched columns"] = torch.cat(decoded).numpy()
         self.margins: Float64[NDArray[np.float64], "matched columns"] = torch.cat(distances).numpy()
         self._right = (self.decoded == (setting > 0).numpy()).all(0)

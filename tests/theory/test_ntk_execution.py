@@ -56,6 +56,34 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
 cases = st.tuples(st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 12))
 
 
+@given(cases, st.sampled_from([0, 3, 200]))
+@settings(max_examples=50, deadline=None)
+def test_a_prediction_is_the_predictors(case: tuple[int, int, int], padding: int) -> None:
+    """Looked up on bit planes and by lists, for every state, to the last bit."""
+    templates = random_templates(*case)
+    states = torch.tensor(list(itertools.product([False, True], repeat=templates.layout.bits)))
+    expected = TemplatePredictor(templates, padding).predict(templates.matches(states))
+    executor = NTKExecutor(templates, padding=padding)
+    every = executor.predict(states.repeat(-(-64 // len(states)), 1))
+    few = [executor.predict(states[start : start + 8]) for start in range(0, len(states), 8)]
+    for field in ("mean", "variance"):
+        wanted = getattr(expected, field)
+        assert torch.equal(getattr(every, field)[: len(states)], wanted)
+        assert torch.equal(torch.cat([getattr(gaussian, field) for gaussian in few]), wanted)
+
+
+def test_predictions_of_more_states_than_are_counted_at_once() -> None:
+    task = SBN(cells=4, word=4)
+    executor = NTKExecutor(task.templates)
+    draw = torch.Generator().manual_seed(0)
+    count = executor.planes.words * 64 + 5
+    states = torch.rand(count, task.layout.bits, generator=draw) < 0.5
+    expected = TemplatePredictor(task.templates).predict(task.templates.matches(states))
+    found = executor.predict(states)
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.variance, expected.variance)
+
+
 @given(cases, st.sampled_from(["midpoint", "sign"]), st.sampled_from([0, 0, 3, 200]))
 @settings(max_examples=100, deadline=None)
 def test_a_step_is_prediction_and_decoding(case: tuple[int, int, int], decoder: Decoder, padding: int) -> None:
