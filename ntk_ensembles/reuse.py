@@ -41,7 +41,7 @@ class Ensemble:
     """The mean over a run's converged members.
 
     Members come from kept weights or, where these were not kept, are redrawn and retrained from their seeds, to the
-    same bits on the same type of device. They stay in memory if they fit a budget; otherwise every prediction
+    same bits on the same machine. They stay in memory if they fit a budget; otherwise every prediction
     brings them again, cohort by cohort, with the same result.
 
     Attributes:
