@@ -2,14 +2,16 @@
 
     python benchmarks/faults.py --kills 50
 
-Each trial starts a run, kills it after a random time (while it imports, begins, trains, saves or writes its
-results), resumes it, and so on; after some kills it is left to finish and its ``results.json``, timings aside, is
-compared with that of an undisturbed run. Every trial has another number of processes and another cohort.
+Each trial starts a run, kills it, resumes it, and so on; after some kills it is left to finish and its
+``results.json``, timings aside, is compared with that of an undisturbed run. Most kills come while it trains and saves,
+a random number of checkpoints after the start; the others at any time (while it imports, begins, or writes its
+results). Every trial has another number of processes and another cohort.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -23,7 +25,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KILLS_A_TRIAL = 5
-OPTIONS = ["--task", "addition", "--bits", "4", "--width", "4096", "--ensemble", "400", "--evaluation-states", "200"]
+MEMBERS = 400
+OPTIONS = ["--task", "addition", "--bits", "4", "--width", "4096", "--evaluation-states", "200"]
+OPTIONS += ["--ensemble", str(MEMBERS)]
 
 
 def numbers(directory: Path) -> dict[str, Any]:
@@ -63,26 +67,44 @@ def main() -> None:
         while kills < options.kills:
             trial += 1
             directory = Path(folder) / f"trial-{trial}"
-            extra = ["--cohort", str(generator.randint(1, 9)), "--devices", str(generator.choice((1, 1, 2)))]
-            finished = []
+            cohort = generator.randint(1, 9)
+            extra = ["--cohort", str(cohort), "--devices", str(generator.choice((1, 1, 2)))]
+            finished = [0]
             for _ in range(min(KILLS_A_TRIAL, options.kills - kills)):
                 process = start([*begin_or_resume(directory), *extra])
-                try:
-                    process.wait(generator.uniform(0.3, 1.1) * longest)
-                except subprocess.TimeoutExpired:
+                if generator.random() < 0.25:
+                    wait(process, generator.uniform(0, 1.1) * longest)
+                else:
+                    left = -(-MEMBERS // cohort) - finished[-1]
+                    target = finished[-1] + generator.randint(1, max(1, left // 3))
+                    while process.poll() is None and checkpoints(directory) < target:
+                        time.sleep(0.002)
+                    wait(process, generator.uniform(0, 0.1))
+                if process.poll() is None:
                     # The whole group: a process that Lightning started would go on alone otherwise.
                     os.killpg(process.pid, signal.SIGKILL)
                     kills += 1
                 process.communicate()
-                finished.append(len(list(directory.glob("checkpoints/members-*"))))
+                finished.append(checkpoints(directory))
             process = start([*begin_or_resume(directory), *extra])
             _, complaint = process.communicate()
             if process.returncode:
                 sys.exit(f"trial {trial}: resuming failed: {complaint.decode()}")
             if numbers(directory) != expected:
                 sys.exit(f"trial {trial}: the numbers are not those of the undisturbed run")
-            print(f"trial {trial}: {' '.join(extra)}, files after each kill {finished}: same numbers", flush=True)
+            print(f"trial {trial}: {' '.join(extra)}, files after each kill {finished[1:]}: same numbers", flush=True)
     print(f"{kills} kills in {trial} trials: every run ended with the numbers of the undisturbed one")
+
+
+def wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Until a process ends, but not longer."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+
+
+def checkpoints(directory: Path) -> int:
+    """How many cohorts have been saved."""
+    return len(list(directory.glob("checkpoints/members-*")))
 
 
 def begin_or_resume(directory: Path) -> list[str]:
