@@ -18,25 +18,27 @@ class SaveError(Exception):
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and move it there, so that a reader sees all of it or nothing.
 
-    A device, a pipe or a link (``/dev/stdout``) is not replaced by a file but written to.
+    A link is followed; a device or a pipe (``/dev/stdout``) is not replaced by a file but written to.
 
     Raises:
         SaveError: the disk is full or the place cannot be written; what was there before is intact.
     """
     part: Path | None = None
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
+        if path.exists() and not path.is_file():
             write(path)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        # What a link points to is what has to stay whole.
+        place = path.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
         os.close(handle)
         part = Path(name)
         write(part)
         with part.open("rb+") as written:
             os.fsync(written.fileno())
         part.chmod(0o644)
-        part.replace(path)
+        part.replace(place)
     except (OSError, SafetensorError) as error:
         raise SaveError(f"{path}: cannot be written ({_reason(error)}); what was saved before is intact") from error
     finally:

@@ -84,21 +84,38 @@ class Ensemble:
             ValueError: a GPU that is not there, or not even one member to be retrained fits.
         """
         run = Run.open(Path(directory))
-        records = run.records()
-        wanted = records.indices[records.converged].tolist()
-        if members is not None:
-            if not 1 <= members <= len(wanted):
-                raise StoreError(f"{directory}: {members} members: expected 1 to {len(wanted)}, as many have converged")
-            wanted = wanted[:members]
-        if not wanted:
-            raise StoreError(f"{directory}: has no converged member")
+        return cls.of(run, converged_members(run, members), device=device, memory=memory, progress=progress)
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        members: Sequence[int],
+        *,
+        device: torch.device | str | None = None,
+        memory: int | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> Ensemble:
+        """The ensemble of members of an open run.
+
+        Args:
+            run: whose they are.
+            members: their indices, at least one; such as `converged_members`.
+            device: as for `load`.
+            memory: as for `load`.
+            progress: as for `load`.
+
+        Raises:
+            StoreError: damaged weights, or members to be retrained that another type of device has trained.
+            ValueError: as for `load`.
+        """
         place = _place(run, device)
-        parts = list(_kept(run, wanted, place, progress))
-        retrained = without_weights(run, wanted)
+        parts = list(_kept(run, members, place, progress))
+        retrained = without_weights(run, members)
         if retrained:
             if place.type != run.device.type:
                 raise StoreError(
-                    f"{directory}: {len(retrained)} members have no kept weights and were trained on "
+                    f"{run.store.directory}: {len(retrained)} members have no kept weights and were trained on "
                     f"{run.device.type}; on {place.type} they would be other ones"
                 )
             size = choose_cohort(run.recipe, _STATES_AT_ONCE, len(retrained), place)
@@ -214,6 +231,21 @@ class Ensemble:
             for row, final in zip(rows, finals, strict=True):
                 results[row] = self.task.output(self.task.layout.unpack(final))
         return results
+
+
+def converged_members(run: Run, count: int | None = None) -> list[int]:
+    """The indices of a run's converged members, or of the first ``count`` of them.
+
+    Raises:
+        StoreError: there are none, or fewer than so many.
+    """
+    records = run.records()
+    found: list[int] = records.indices[records.converged].tolist()
+    if count is not None and not 1 <= count <= len(found):
+        raise StoreError(f"{run.store.directory}: {count} members: expected 1 to {len(found)}, as many have converged")
+    if not found:
+        raise StoreError(f"{run.store.directory}: has no converged member")
+    return found[:count]
 
 
 def without_weights(run: Run, members: Iterable[int]) -> list[int]:

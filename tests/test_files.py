@@ -57,6 +57,14 @@ def test_a_link_is_followed_and_stays_a_link(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert target.read_text() == "text"
 
+    def halfway(part: Path) -> None:
+        part.write_text("te")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SaveError):
+        write_atomically(link, halfway)
+    assert target.read_text() == "text"
+
 
 def test_a_full_device_is_said(tmp_path: Path) -> None:
     full = tmp_path / "full"

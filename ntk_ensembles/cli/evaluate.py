@@ -18,7 +18,7 @@ from ntk_ensembles.files import write_atomically
 from ntk_ensembles.reuse import Ensemble, without_weights
 from ntk_ensembles.tasks import EvaluationSet, check_range
 from ntk_ensembles.theory import DECODERS, Decoder
-from ntk_ensembles.training import Run, Theory, convergence
+from ntk_ensembles.training import Records, Run, Theory, convergence
 from ntk_ensembles.training.report import show_rows
 
 _DESCRIPTION = (
@@ -55,7 +55,7 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
         theory, deviations = run.theory, records.deviations[records.converged]
     else:
         theory = Theory(run.task, EvaluationSet.sample(run.task, states, seed), run.options.init)
-        deviations = _deviations(run, theory, talk)
+        deviations = _deviations(run, records, theory, talk)
     rows = [asdict(row) for row in convergence(theory, deviations, sizes)]
     found = {"run": options.run, "evaluation_states": len(theory.evaluation), "evaluation_seed": seed}
     text = json.dumps({**found, "convergence": rows}, allow_nan=False)
@@ -89,9 +89,8 @@ def _sizes(given: str | None, members: int) -> list[int] | None:
     return sizes
 
 
-def _deviations(run: Run, theory: Theory, talk: Console) -> Float16[Tensor, "members states bits"]:
+def _deviations(run: Run, records: Records, theory: Theory, talk: Console) -> Float16[Tensor, "members states bits"]:
     """What every converged member deviates from the NTK mean on new states."""
-    records = run.records()
     converged = records.indices[records.converged].tolist()
     retrained = without_weights(run, converged)
     if retrained:
@@ -104,7 +103,7 @@ def _deviations(run: Run, theory: Theory, talk: Console) -> Float16[Tensor, "mem
     order = {index: position for position, index in enumerate(converged)}
     deviations = torch.empty((len(order), *theory.mean.shape), dtype=torch.float16)
     with WorkProgress("members", len(converged), talk) as bar:
-        ensemble = Ensemble.load(run.store.directory, progress=bar.advance)
+        ensemble = Ensemble.of(run, converged, progress=bar.advance)
         for indices, rows, outputs in ensemble.member_predictions(theory.evaluation.states):
             # One at a time: the differences are float64.
             for index, output in zip(indices, outputs, strict=True):

@@ -144,8 +144,12 @@ def run_command(arguments: list[str], prog: str) -> int:
     try:
         options = ExecutionOptions(**values)
         _check_together(options, names, settings)
-        task, jobs = _load_programs(options, names, settings) if options.batch is None else _load_lines(options)
-        backend = _open_backend(options, task)
+        run = _open_run(options) if options.trained else None
+        if options.batch is None:
+            task, jobs = _load_programs(options, names, settings, run)
+        else:
+            task, jobs = _load_lines(options, run)
+        backend = _open_backend(options, task, run)
     except ValueError as error:
         parser.error(str(error))
     if options.batch is not None or len(jobs) > 1:
@@ -193,10 +197,10 @@ def _check_together(options: ExecutionOptions, names: Sequence[str], settings: S
         raise ValueError(f"--{alone[0]} shows one program; expected a single PROGRAM")
 
 
-def _machine(options: ExecutionOptions, cells: int) -> SBN:
+def _machine(options: ExecutionOptions, run: Run | None, cells: int) -> SBN:
     """The machine that is asked for, with as many cells as are needed where nothing is said, or the run's own."""
-    if options.trained:
-        return _trained_machine(options)
+    if run is not None:
+        return _trained_machine(options, run)
     if options.cells is not None:
         cells = options.cells
     elif cells > _CELLS_MAX:
@@ -204,8 +208,8 @@ def _machine(options: ExecutionOptions, cells: int) -> SBN:
     return SBN(cells, _WORD if options.word is None else options.word, options.branch or _BRANCH)
 
 
-def _trained_machine(options: ExecutionOptions) -> SBN:
-    task = _open_run(options).task
+def _trained_machine(options: ExecutionOptions, run: Run) -> SBN:
+    task = run.task
     if not isinstance(task, SBN):
         raise ValueError(f"--backend {options.backend}: is a run of task {task.name}; expected one of sbn")
     for name in ("cells", "word", "branch"):
@@ -225,30 +229,32 @@ def _open_run(options: ExecutionOptions) -> Run:
         raise ValueError(f"--backend {error}") from None
 
 
-def _open_backend(options: ExecutionOptions, task: SBN) -> _Backend:
+def _open_backend(options: ExecutionOptions, task: SBN, run: Run | None) -> _Backend:
     if options.backend == "interpreter":
         return _Backend(None, "the interpreter")
-    if options.backend == "ntk":
+    if run is None:
         size = f"{len(task.templates):,} templates, {task.layout.bits:,} bits"
         return _Backend(NTKExecutor(task.templates), f"the NTK limit ({size})")
-    from ntk_ensembles.reuse import Ensemble
+    from ntk_ensembles.reuse import Ensemble, converged_members
 
-    converged = int(_open_run(options).records().converged.sum())
-    with WorkProgress("members", options.members or converged, console(stderr=True)) as progress:
-        try:
-            ensemble = Ensemble.load(options.backend, members=options.members, progress=progress.advance)
-        except ValueError as error:
-            raise ValueError(f"--backend {error}") from None
+    try:
+        members = converged_members(run, options.members)
+        with WorkProgress("members", len(members), console(stderr=True)) as progress:
+            ensemble = Ensemble.of(run, members, progress=progress.advance)
+    except ValueError as error:
+        raise ValueError(f"--backend {error}") from None
     width = ensemble.origin.options.width
     return _Backend(ensemble, f"the mean of {len(ensemble.members)} trained networks of width {width:,}")
 
 
-def _load_programs(options: ExecutionOptions, names: Sequence[str], settings: Sequence[str]) -> tuple[SBN, list[_Job]]:
+def _load_programs(
+    options: ExecutionOptions, names: Sequence[str], settings: Sequence[str], run: Run | None
+) -> tuple[SBN, list[_Job]]:
     """Programs of the library and of files, and a machine for them."""
-    task = _machine(options, _CELLS_MIN)
-    if options.cells is None and not options.trained:
+    task = _machine(options, run, _CELLS_MIN)
+    if options.cells is None and run is None:
         loaded = [load_program(name, branch=task.branch, word=task.word) for name in names]
-        task = _machine(options, max(assembly.cells for assembly in loaded))
+        task = _machine(options, run, max(assembly.cells for assembly in loaded))
     jobs = []
     for name in names:
         assembly = load_program(name, branch=task.branch, cells=task.cells, word=task.word)
@@ -278,7 +284,7 @@ def _put(settings: Sequence[str], assembly: Assembly, memory: Sequence[int], mac
     return tuple(words)
 
 
-def _load_lines(options: ExecutionOptions) -> tuple[SBN, list[_Job]]:
+def _load_lines(options: ExecutionOptions, run: Run | None) -> tuple[SBN, list[_Job]]:
     """The programs of a file of JSON lines, and a machine for them."""
     assert options.batch is not None
     try:
@@ -296,7 +302,7 @@ def _load_lines(options: ExecutionOptions) -> tuple[SBN, list[_Job]]:
             parsed.append((f"{options.batch}:{number}", _parse_line(line, options.max_instructions)))
         except ValueError as error:
             raise ValueError(f"{options.batch}:{number}: {error}") from None
-    task = _machine(options, cells_for(max(len(memory) for _, (memory, _, _) in parsed)))
+    task = _machine(options, run, cells_for(max(len(memory) for _, (memory, _, _) in parsed)))
     jobs = []
     for label, (memory, pc, instructions) in parsed:
         try:
