@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from timing import rate
 
 AGREEMENT = 1e-12
 STATES = 1 << 14
@@ -186,17 +187,6 @@ def compare(python: str, rounds: int, folder: Path) -> dict[str, Any]:
         "environment": environment(torch.device("cpu"), "float64"),
         "peer": {**versions, "machine": platform.machine()},
     }
-
-
-def rate(work: Callable[[], object], predictions: int) -> float:
-    """Predictions a second, after one call to warm up; repeated until half a second has passed."""
-    work()
-    started_at = time.perf_counter()
-    calls = 0
-    while time.perf_counter() - started_at < 0.5:
-        work()
-        calls += 1
-    return calls * predictions / (time.perf_counter() - started_at)
 
 
 if __name__ == "__main__":

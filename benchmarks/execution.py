@@ -14,12 +14,12 @@ import json
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import rate
 from torch import Tensor
 
 from ntk_ensembles import SBN, TemplatePredictor
@@ -105,17 +105,6 @@ def dense_run(predictor: TemplatePredictor, states: Tensor, steps: int) -> Tenso
         margins(mean, levels, templates.counts(matches) > 0).min(1)
         states = decode(mean, levels)
     return states
-
-
-def rate(run: Callable[[], object], micro_steps: int) -> float:
-    """Micro-steps a second, after one call to warm up; repeated until half a second has passed."""
-    run()
-    started_at = time.perf_counter()
-    calls = 0
-    while time.perf_counter() - started_at < 0.5:
-        run()
-        calls += 1
-    return calls * micro_steps / (time.perf_counter() - started_at)
 
 
 if __name__ == "__main__":
