@@ -1,0 +1,44 @@
+"""Errors that more than one floor raises: an argument outside its range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class OptionError(ValueError):
+    """An argument has a value that cannot be used.
+
+    The message names the argument as Python writes it (``bits=0``). The commands write the same
+    error in the words of the command line (``--bits 0``).
+
+    Attributes:
+        argument: Name of the argument, as in Python.
+        value: What was passed.
+        expected: What can be passed, as the end of a sentence ("an integer from 1 to 512").
+    """
+
+    def __init__(self, argument: str, value: object, expected: str) -> None:
+        super().__init__(f"{argument}={value!r}: expected {expected}")
+        self.argument = argument
+        self.value = value
+        self.expected = expected
+
+
+def check_range(argument: str, value: int, low: int, high: int) -> None:
+    """Check that an integer argument lies in ``low..high``.
+
+    Raises:
+        OptionError: It does not, or it is no integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise OptionError(argument, value, f"an integer from {low} to {high}")
+
+
+def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+    """Check that an argument is one of the words that it can be.
+
+    Raises:
+        OptionError: It is none of them.
+    """
+    if value not in choices:
+        raise OptionError(argument, value, f"one of {', '.join(choices)}")
