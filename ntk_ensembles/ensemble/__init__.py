@@ -1,41 +1,33 @@
-"""Finite-width ensembles: the network, its training, cohorts of members (DESIGN §2 and §4).
+"""Finite-width ensembles: the network, stacks of members, and the rule that trains them.
 
-`network` defines the network and draws weights, `descent` is the rule by which it is trained, `identity`
-and `functional` carry its steps out, `cohort_training` takes a cohort from draw to predictions.
+`network` defines the network and a stack of members, `engines` compute steps and predictions, `descent` is the
+training rule, `cohort` says how members of a run are made and how many fit into memory, `workers` share them out
+to CPU cores.
 """
 
-from ntk_ensembles.ensemble.cohort_training import (
-    Engine,
-    Members,
-    Precision,
-    Recipe,
-    TrainedCohort,
-    choose_cohort,
-    train_cohort,
-)
-from ntk_ensembles.ensemble.descent import LOSSES, DescentOptions, Loss, MemberStatus, Trainable, descend
-from ntk_ensembles.ensemble.functional import FunctionalModel
-from ntk_ensembles.ensemble.identity import IdentityModel
-from ntk_ensembles.ensemble.network import INITS, Cohort, Init, TwoLayerMLP
+from ntk_ensembles.ensemble.cohort import PRECISIONS, Precision, Recipe, choose_cohort, train_members
+from ntk_ensembles.ensemble.descent import LOSSES, Descent, DescentOptions, Loss, MemberStatus
+from ntk_ensembles.ensemble.engines import EngineChoice, FunctionalEngine, OneHotEngine, make_engine, predict
+from ntk_ensembles.ensemble.network import INITS, Init, MLPStack, TwoLayerMLP
 
 __all__ = [
     "INITS",
     "LOSSES",
-    "Cohort",
+    "PRECISIONS",
+    "Descent",
     "DescentOptions",
-    "Engine",
-    "FunctionalModel",
-    "IdentityModel",
+    "EngineChoice",
+    "FunctionalEngine",
     "Init",
     "Loss",
+    "MLPStack",
     "MemberStatus",
-    "Members",
+    "OneHotEngine",
     "Precision",
     "Recipe",
-    "Trainable",
-    "TrainedCohort",
     "TwoLayerMLP",
     "choose_cohort",
-    "descend",
-    "train_cohort",
+    "make_engine",
+    "predict",
+    "train_members",
 ]

@@ -1,9 +1,9 @@
-"""How members are trained: gradient descent, extrapolated in the space of outputs (DESIGN §4).
+"""The training rule: gradient descent, extrapolated in the space of outputs (docs/theory.md, section 8).
 
 A step changes the weights by −Jᵀp, where J is the network's Jacobian at the training inputs and p, the
 *cotangent*, has the shape of the outputs: with p the loss gradient ∂L/∂f this is gradient descent.
 Wide networks are nearly linear in their weights, so the change that a step made to the outputs tells
-what a multiple of it would have made. `descend` therefore picks p as the combination of earlier
+what a multiple of it would have made. The rule therefore picks p as the combination of earlier
 cotangents that would have left the least residual, plus the gradient there (Anderson acceleration;
 on a linear model it is GMRES). It needs no step size to be tuned or spectrum to be known, keeps the
 weights in the Jacobian's row space, and so ends at the interpolant of gradient descent itself. All it
@@ -12,14 +12,20 @@ remembers has the size of the outputs, not of the weights.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args, runtime_checkable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk_ensembles.ensemble.engines import ENGINES, Engine, EngineChoice, is_one_hot, make_engine
+from ntk_ensembles.ensemble.network import MLPStack
+from ntk_ensembles.ensemble.workers import map_members
+from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.theory.kernels import InverseKernel
 
 Loss = Literal["whitened", "mse"]
@@ -32,143 +38,301 @@ _MEMORY = 6
 """Earlier steps remembered: what a step in output space costs is nothing beside one in weight space."""
 
 _DIVERGED = 1e4
-"""A loss so many times the first is not coming back; mse steps pass 10 on their way to convergence."""
+"""Loss, relative to the initial one, above which a member counts as diverged. Well above 10, which mse
+training can exceed and still converge."""
 
 _RESTARTS = 4
+"""Restarts, each with half the step of the one before, after which a member is given up."""
 
 
 @dataclass(frozen=True)
 class DescentOptions:
-    """When to stop."""
+    """What members minimise, and when they stop."""
 
+    loss: Loss = "whitened"
+    """Squared error whitened by the analytic kernel (converges in a few steps), or plain."""
     tolerance: float = 1e-6
-    """Converged when the mean squared training error has fallen to this share of the first."""
+    """A member has converged when its mean squared training error has fallen to this share of the first."""
     steps_max: int = 50
-    """Give up after so many steps (a restart counts on)."""
+    """Steps after which a member is given up as not converged; restarts count on."""
+    engine: EngineChoice = "auto"
+    """Fast path for one-hot training inputs where they are one-hot, or `torch.func` in any case."""
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            OptionError: An option outside its range.
+        """
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("engine", self.engine, ENGINES)
+        check_range("steps_max", self.steps_max, 1, 100_000)
+        if not 0 < self.tolerance < 1:
+            raise OptionError("tolerance", self.tolerance, "a number between 0 and 1")
 
 
 @dataclass
 class MemberStatus:
-    """How one member's training ended."""
+    """How far one member's training has come."""
 
-    converged: bool
-    """Whether the tolerance was reached."""
-    steps: int
-    """Steps taken, restarts included."""
-    relative_loss: float
-    """The last mean squared training error over the first (DESIGN §4)."""
-    restarts: int
-    """How often training diverged and began again, with half the step."""
+    running: bool = True
+    """Whether it is still being trained."""
+    converged: bool = False
+    """Whether it reached the tolerance."""
+    restarts: int = 0
+    """How often its training diverged and began again, with half the step."""
     losses: list[float] = field(default_factory=list)
-    """The mean squared training error before each step, and after the last."""
+    """Mean squared training error before each step, and after the last."""
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, those before a restart included."""
+        return max(len(self.losses) - 1, 0)
+
+    @property
+    def relative_loss(self) -> float:
+        """The last mean squared training error over the first; 0 if the first is 0."""
+        if not self.losses:
+            return 1.0
+        return self.losses[-1] / self.losses[0] if self.losses[0] else 0.0
 
 
-@runtime_checkable
-class Trainable(Protocol):
-    """A cohort and its training inputs, as `descend` sees them: a function of cotangents."""
+class Descent(torch.optim.Optimizer):
+    """Full-batch descent of all members of a stack: an optimizer that computes its own gradients.
 
-    def outputs(self) -> Float[Tensor, "members bits templates"]:
-        """f(X)ᵀ of every member."""
-        ...
+    Each member has its own extrapolation, stops by itself, and is not changed by the others. A member that
+    diverges is drawn anew and trained with half the step. Not converging is a status, not an error.
 
-    def step(self, cotangents: Float[Tensor, "members bits templates"]) -> Float[Tensor, "members bits templates"]:
-        """Change every member's weights by −Jᵀ·cotangent and return the new outputs."""
-        ...
-
-    def restart(self, position: int) -> None:
-        """Set one member back to its initial weights."""
-        ...
-
-
-def descend(
-    model: Trainable,
-    labels: Float[Tensor, "bits templates"],
-    loss: Loss,
-    inverse_kernel: InverseKernel,
-    options: DescentOptions | None = None,
-) -> list[MemberStatus]:
-    """Train all members of a cohort to the labels.
-
-    Each member has its own extrapolation, stops by itself, and is not changed by the others. A member
-    that diverges is drawn anew and trained with half the step.
+    ```python
+    descent = Descent(stack)
+    descent.bind(X, Y)
+    while descent.running:
+        descent.step()
+    ```
 
     Args:
-        model: the members, changed in place.
-        labels: Yᵀ.
-        loss: which gradient.
-        inverse_kernel: Θ(X, X)⁻¹ of the training inputs.
-        options: when to stop.
+        stack: The members; their weights are changed in place.
+        options: What they minimise, and when they stop.
+        bfloat16: Compute the products of a step's update in bfloat16.
+        batched: Compute all members together, which is right for a GPU, or each by itself on one thread, which
+            is right for a CPU and makes a member's numbers independent of the others; None chooses by the device.
 
-    Returns:
-        A status for each member. Non-convergence is a status, not an error.
-
-    Raises:
-        ValueError: an unknown loss.
+    Attributes:
+        statuses: How far each member has come.
     """
-    options = options or DescentOptions()
-    if loss not in LOSSES:
-        raise ValueError(f"--loss {loss}: expected one of {', '.join(LOSSES)}")
-    outputs = model.outputs()
-    members = outputs.shape[0]
-    statuses = [MemberStatus(False, 0, 1.0, 0) for _ in range(members)]
-    running = set(range(members))
-    damping = torch.ones(members, 1, 1, dtype=outputs.dtype, device=outputs.device)
-    history = _History(inverse_kernel)
-    while True:
-        residuals = outputs - labels
-        diverged = _observe(residuals, statuses, running, options)
-        if not running:
-            return statuses
-        for i in diverged:
-            statuses[i].restarts += 1
-            damping[i] /= 2
-            model.restart(i)
-            history.forget(i)
-        if diverged:
-            residuals = model.outputs() - labels
-        # A member that has stopped takes part in the cohort's arithmetic, but with zeros (its own numbers
+
+    def __init__(
+        self,
+        stack: MLPStack,
+        options: DescentOptions | None = None,
+        *,
+        bfloat16: bool = False,
+        batched: bool | None = None,
+    ) -> None:
+        # A step of size 1 is right for networks of infinite width; nothing needs to be tuned.
+        super().__init__(list(stack.parameters()), {"lr": 1.0})
+        self.bfloat16 = bfloat16
+        self.statuses = [MemberStatus() for _ in range(len(stack))]
+        self._stack = stack
+        self._options = options or DescentOptions()
+        self._batched = batched
+        self._trainings: list[_Training] = []
+        self._loaded: list[dict[str, Any]] | None = None
+        self._digest: str | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether any member is still being trained."""
+        return any(status.running for status in self.statuses)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether `bind` has been called."""
+        return bool(self._trainings)
+
+    def bind(self, inputs: Float[Tensor, "inputs in_features"], labels: Float[Tensor, "inputs out_features"]) -> None:
+        """Choose what the members are trained on, and measure their first losses.
+
+        Args:
+            inputs: X, one training input a row; no zero and no parallel rows, as Θ(X, X) has to be invertible.
+            labels: Y, the target of each.
+
+        Raises:
+            ValueError: Inputs and labels that fit neither each other nor the members, or a singular Θ(X, X).
+        """
+        hidden, readout = self._stack.hidden.detach(), self._stack.readout.detach()
+        if inputs.dim() != 2 or labels.dim() != 2 or len(inputs) != len(labels):
+            raise ValueError(
+                f"training inputs of shape {tuple(inputs.shape)} and labels of shape {tuple(labels.shape)}: "
+                "expected as many rows in both"
+            )
+        if inputs.shape[1] != hidden.shape[2] or labels.shape[1] != readout.shape[1]:
+            raise ValueError(
+                f"training inputs with {inputs.shape[1]} features and labels with {labels.shape[1]}: "
+                f"expected {hidden.shape[2]} and {readout.shape[1]}, the members' own"
+            )
+        inputs, targets = inputs.detach().to(hidden), labels.detach().to(readout).mT.contiguous()
+        digest = _digest(inputs, targets)
+        if self._digest not in (None, digest):
+            # Other data: what was learned before is where training starts now.
+            self.statuses[:] = [MemberStatus() for _ in self.statuses]
+            self._loaded = None
+        self._digest = digest
+        inverse_kernel = inverse_kernel_of(inputs)
+        batched = hidden.device.type != "cpu" if self._batched is None else self._batched
+        members = range(len(hidden))
+        parts = [slice(0, len(hidden))] if batched else [slice(i, i + 1) for i in members]
+        self._trainings = [
+            _Training(
+                make_engine(hidden[part], readout[part], inputs, self._options.engine, bfloat16=self.bfloat16),
+                targets,
+                inverse_kernel,
+                self._options,
+                self.statuses[part],
+                [partial(self._stack.redraw, position) for position in members[part]],
+            )
+            for part in parts
+        ]
+        if self._loaded is not None:
+            for training, state in zip(self._trainings, self._loaded, strict=True):
+                training.load_state(state)
+            self._loaded = None
+        map_members(_Training.observe, self._trainings, hidden.device)
+
+    def release(self) -> None:
+        """Free the training data and all temporaries. After another `bind` to the same data, steps continue."""
+        if self.running and self.is_bound:
+            self._loaded = [training.state() for training in self._trainings]
+        self._trainings = []
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step with every member that is still running.
+
+        Args:
+            closure: Called first, as by every PyTorch optimizer; it need not compute gradients.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: `bind` has not been called.
+        """
+        result = None if closure is None else closure()
+        if not self.is_bound:
+            raise RuntimeError("Descent.bind(inputs, labels) has to be called before the first step")
+        map_members(_Training.step, self._trainings, self._stack.hidden.device)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the remaining steps depend on, beside the weights, in plain values and tensors."""
+        trainings = self._loaded if self._loaded is not None else [training.state() for training in self._trainings]
+        statuses = [asdict(status) for status in self.statuses]
+        return {"statuses": statuses, "trainings": trainings, "data": self._digest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict`; the members' weights have to be those of the same moment.
+
+        Raises:
+            ValueError: The state of another number of members.
+        """
+        if len(state_dict["statuses"]) != len(self.statuses):
+            raise ValueError(f"a state of {len(state_dict['statuses'])} members: expected {len(self.statuses)}")
+        self.statuses[:] = [MemberStatus(**status) for status in state_dict["statuses"]]
+        self._loaded = list(state_dict["trainings"]) or None
+        self._digest = state_dict["data"]
+        self._trainings = []
+
+
+class _Training:
+    """Members that are trained together: all of a stack, or a single one."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        targets: Float[Tensor, "out_features inputs"],
+        inverse_kernel: InverseKernel,
+        options: DescentOptions,
+        statuses: list[MemberStatus],
+        redraw: list[Callable[[], None]],
+    ) -> None:
+        self._engine = engine
+        self._targets = targets
+        self._inverse_kernel = inverse_kernel
+        self._options = options
+        self._statuses = statuses
+        self._redraw = redraw
+        self._damping = torch.ones(len(statuses), 1, 1, dtype=targets.dtype, device=targets.device)
+        self._history = _History(inverse_kernel)
+        self._residuals: Tensor | None = None
+        self._diverged: list[int] = []
+
+    def observe(self) -> None:
+        """Compute the outputs as the weights are now, and the first losses of members that have none yet."""
+        self._residuals = self._engine.outputs() - self._targets
+        if not any(status.losses for status in self._statuses):
+            self._update_statuses()
+
+    def step(self) -> None:
+        """Take one step with the members that are still running."""
+        assert self._residuals is not None
+        if not any(status.running for status in self._statuses):
+            return
+        for i in self._diverged:
+            self._statuses[i].restarts += 1
+            self._damping[i] /= 2
+            self._redraw[i]()
+            self._history.forget(i)
+        if self._diverged:
+            self._residuals = self._engine.outputs() - self._targets
+        residuals = self._residuals
+        # A member that has stopped takes part in the arithmetic of its part, but with zeros (its own numbers
         # may not even be finite).
-        stopped = [i for i in range(members) if i not in running]
+        stopped = [i for i, status in enumerate(self._statuses) if not status.running]
         residuals[stopped] = 0
         for i in stopped:
-            history.forget(i)
-        cotangents = history.propose(residuals, lambda r: damping * _gradient(r, loss, inverse_kernel))
+            self._history.forget(i)
+        cotangents = self._history.propose(residuals, self._gradient)
         cotangents[stopped] = 0
-        outputs = model.step(cotangents)
-        changes = outputs - labels - residuals
+        self._residuals = self._engine.step(cotangents) - self._targets
+        changes = self._residuals - residuals
         changes[stopped] = 0
-        history.record(cotangents, changes)
+        self._history.record(cotangents, changes)
+        self._update_statuses()
 
+    def _update_statuses(self) -> None:
+        """Record the losses of the running members, and decide which of them stop and which have diverged."""
+        assert self._residuals is not None
+        losses = self._residuals.to(torch.float64).square().mean((1, 2)).tolist()
+        self._diverged = []
+        for i, status in enumerate(self._statuses):
+            if not status.running:
+                continue
+            status.losses.append(losses[i])
+            status.converged = status.relative_loss <= self._options.tolerance
+            # Written so that a loss that is not a number counts as diverged.
+            has_diverged = not status.relative_loss <= _DIVERGED
+            given_up = status.steps >= self._options.steps_max or (has_diverged and status.restarts == _RESTARTS)
+            if status.converged or given_up:
+                status.running = False
+            elif has_diverged:
+                self._diverged.append(i)
 
-def _observe(residuals: Tensor, statuses: list[MemberStatus], running: set[int], options: DescentOptions) -> list[int]:
-    """Write the losses of the running members into their statuses and take out those that stop.
+    def _gradient(self, residuals: Tensor) -> Tensor:
+        """Return ∂L/∂f, scaled so that a step of size 1 is right for a network of infinite width."""
+        if self._options.loss == "whitened":
+            return self._damping * self._inverse_kernel(residuals)
+        smallest, largest = self._inverse_kernel.eigenvalue_bounds
+        return self._damping * residuals * (2 / (smallest + largest))
 
-    Returns:
-        The running members that have diverged and may begin again.
-    """
-    losses = residuals.to(torch.float64).square().mean((1, 2)).tolist()
-    diverged = []
-    for i in sorted(running):
-        status = statuses[i]
-        status.losses.append(losses[i])
-        status.steps = len(status.losses) - 1
-        status.relative_loss = losses[i] / status.losses[0] if status.losses[0] else 0.0
-        status.converged = status.relative_loss <= options.tolerance
-        # Written so that a loss that is not a number counts as diverged.
-        has_diverged = not status.relative_loss <= _DIVERGED
-        if status.converged or status.steps >= options.steps_max or (has_diverged and status.restarts == _RESTARTS):
-            running.remove(i)
-        elif has_diverged:
-            diverged.append(i)
-    return diverged
+    def state(self) -> dict[str, Any]:
+        """Return what the next steps depend on, beside weights and statuses."""
+        return {"damping": self._damping.clone(), "diverged": list(self._diverged), "history": self._history.state()}
 
-
-def _gradient(residuals: Tensor, loss: Loss, inverse_kernel: InverseKernel) -> Tensor:
-    """∂L/∂f, scaled so that a step of size 1 is right for a network of infinite width."""
-    if loss == "whitened":
-        return inverse_kernel(residuals)
-    smallest, largest = inverse_kernel.eigenvalue_bounds
-    return residuals * (2 / (smallest + largest))
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over a `state`."""
+        self._damping.copy_(state["damping"])
+        self._diverged = list(state["diverged"])
+        self._history.load_state(state["history"], self._targets)
 
 
 class _History:
@@ -194,8 +358,16 @@ class _History:
             for value in memory:
                 value[position] = 0
 
+    def state(self) -> dict[str, list[Tensor]]:
+        return {"cotangents": list(self._cotangents), "changes": list(self._changes)}
+
+    def load_state(self, state: dict[str, list[Tensor]], like: Tensor) -> None:
+        self._cotangents = [value.to(like, copy=True) for value in state["cotangents"]]
+        self._changes = [value.to(like, copy=True) for value in state["changes"]]
+        self._whitened = [self._inverse_kernel(change) for change in self._changes]
+
     def propose(self, residuals: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
-        """The combination of past cotangents that leaves the least residual, and the gradient there.
+        """Return the combination of past cotangents that leaves the least residual, plus the gradient there.
 
         Least in the norm tr(R Θ⁻¹ Rᵀ), in which steps of the whitened loss are near-orthogonal.
         """
@@ -216,6 +388,23 @@ class _History:
         return proposal
 
 
+def inverse_kernel_of(inputs: Float[Tensor, "inputs in_features"]) -> InverseKernel:
+    """Return Θ(X, X)⁻¹: in closed form if X is one-hot, otherwise factored in double precision.
+
+    Raises:
+        ValueError: Θ(X, X) is singular: a zero row, or parallel rows.
+    """
+    return InverseKernel.identity(len(inputs)) if is_one_hot(inputs) else InverseKernel.of(inputs.double().cpu())
+
+
+def _digest(inputs: Tensor, targets: Tensor) -> str:
+    """Return a digest that tells training data apart."""
+    summed = hashlib.sha256()
+    for tensor in (targets,) if is_one_hot(inputs) else (inputs, targets):
+        summed.update(tensor.double().cpu().contiguous().numpy().data)
+    return summed.hexdigest()
+
+
 def _products(left: list[Tensor], right: Tensor) -> Tensor:
-    """⟨left_i, right⟩ of each member, (members, len(left)), in double precision."""
+    """Return ⟨left_i, right⟩ of each member, (members, len(left)), in double precision."""
     return torch.stack([(value * right).sum((1, 2), dtype=torch.float64) for value in left], 1)

@@ -1,21 +1,18 @@
-"""The network, and the weights of a cohort of members (DESIGN §2 and §4).
-
-`TwoLayerMLP` is the definition. `Cohort` holds the weights of several members, with an axis of their
-own, in blocks of hidden units: a block of one member fits a core's cache, and its input weights lie
-transposed, so that adding up a few input columns reads contiguous memory.
-"""
+"""The network, and a stack of members: networks of one shape with an axis of their own (docs/theory.md, section 3)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.func import functional_call, vmap
+
+from ntk_ensembles.ensemble.workers import map_members
+from ntk_ensembles.errors import OptionError, check_choice, check_range
 
 Init = Literal["gaussian", "antisymmetric"]
 """``gaussian``: all weights i.i.d. N(0, 1), the paper's. ``antisymmetric``: the second half of the hidden
@@ -23,159 +20,217 @@ units repeats the first with its output weights negated, so that the network sta
 
 INITS: tuple[Init, ...] = get_args(Init)
 
-BLOCK_UNITS = 1024
-"""Hidden units a block. Weights are drawn block by block, so another value means other members."""
+WIDTH_MAX = 1 << 24
+MEMBER_MAX = (1 << 32) - 1
+SEED_MAX = (1 << 63) - 1
+
+_NUMBERS_AT_ONCE = 1 << 16
+"""Weights drawn by one call of the generator. Another value means other members. A GPU fills a tensor of this
+size with the same numbers whatever its number of multiprocessors, which is not so for larger ones."""
 
 
 class TwoLayerMLP(nn.Module):
-    """f(x) = W2·relu(W1·x/√k)/√n: two layers, no biases, NTK parameterization (DESIGN §2).
+    """f(x) = W2·relu(W1·x/√k)/√n: two layers, no biases, NTK parameterization (docs/theory.md, section 3).
 
     Args:
-        templates: k, the inputs' dimension.
-        bits: m, the outputs' dimension.
-        width: n, the number of hidden units.
+        in_features: k, the inputs' dimension, at least 1.
+        out_features: m, the outputs' dimension, at least 1.
+        width: n, the number of hidden units, 1 to 16777216.
+        device: Where the weights lie; PyTorch's default device if None.
+        dtype: Type of the weights; PyTorch's default type if None.
+        generator: Source of the initial weights, which are i.i.d. N(0, 1); PyTorch's global one if None. It must
+            be of the same device.
 
     Attributes:
-        hidden: W1, shape (width, templates); unit-variance entries, the 1/√k is in `forward`.
-        readout: W2, shape (bits, width); likewise, with 1/√n.
-    """
-
-    def __init__(self, templates: int, bits: int, width: int) -> None:
-        super().__init__()
-        self.hidden = nn.Parameter(torch.randn(width, templates))
-        self.readout = nn.Parameter(torch.randn(bits, width))
-
-    def forward(self, inputs: Float[Tensor, "inputs templates"]) -> Float[Tensor, "inputs bits"]:
-        """The outputs for a batch of inputs."""
-        width, templates = self.hidden.shape
-        hidden = torch.relu(inputs @ self.hidden.T / math.sqrt(templates))
-        return hidden @ self.readout.T / math.sqrt(width)
-
-
-@dataclass(frozen=True, eq=False)
-class Cohort:
-    """The weights of several members at once, changed in place by training.
-
-    Attributes:
-        seed: the run's seed; with ``indices`` it determines the initial weights.
-        indices: which members of the ensemble these are.
-        init: how they were drawn.
-        width: n, without the units that fill up the last block (all their weights are 0, and stay 0).
-        hidden: W1 in blocks, each transposed: (members, blocks, templates, units).
-        readout: W2 in blocks: (members, blocks, bits, units).
-    """
-
-    seed: int
-    indices: tuple[int, ...]
-    init: Init
-    width: int
-    hidden: Float[Tensor, "members blocks templates units"]
-    readout: Float[Tensor, "members blocks bits units"]
-
-    @classmethod
-    def allocate(
-        cls,
-        seed: int,
-        indices: Sequence[int],
-        init: Init,
-        *,
-        width: int,
-        templates: int,
-        bits: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> Cohort:
-        """Room for members whose weights are still to be drawn.
-
-        Raises:
-            ValueError: an odd width with ``antisymmetric``, an unknown ``init``, or no units.
-        """
-        if init not in INITS:
-            raise ValueError(f"--init {init}: expected one of {', '.join(INITS)}")
-        if init == "antisymmetric" and width % 2:
-            raise ValueError(f"--width {width}: antisymmetric initialisation needs an even width")
-        blocks, units = block_shape(width)
-        return cls(
-            seed,
-            tuple(indices),
-            init,
-            width,
-            torch.empty((len(indices), blocks, templates, units), device=device, dtype=dtype),
-            torch.empty((len(indices), blocks, bits, units), device=device, dtype=dtype),
-        )
-
-    def draw(self) -> Cohort:
-        """Give every member its initial weights, a function of (seed, index) and the device's type alone."""
-        for position in range(len(self.indices)):
-            self.redraw(position)
-        return self
-
-    def redraw(self, position: int) -> None:
-        """Set one member back to its initial weights."""
-        generator = torch.Generator(self.hidden.device).manual_seed(member_seed(self.seed, self.indices[position]))
-        hidden, readout = self.hidden[position], self.readout[position]
-        if self.init == "gaussian":
-            _draw_units(hidden, readout, range(self.width), generator)
-        else:
-            half = self.width // 2
-            _draw_units(hidden, readout, range(half), generator)
-            _mirror(hidden, half, 1)
-            _mirror(readout, half, -1)
-
-    def member(self, position: int) -> Cohort:
-        """A cohort of one member, sharing its weights."""
-        return self.part(slice(position, position + 1))
-
-    def part(self, positions: slice) -> Cohort:
-        """A cohort of some of the members, sharing their weights."""
-        indices, hidden, readout = self.indices[positions], self.hidden[positions], self.readout[positions]
-        return Cohort(self.seed, indices, self.init, self.width, hidden, readout)
-
-    def state(self) -> dict[str, Tensor]:
-        """Copies of the weights as `TwoLayerMLP` names them, each with the members' axis in front."""
-        hidden = self.hidden.permute(0, 1, 3, 2).flatten(1, 2)
-        readout = self.readout.permute(0, 2, 1, 3).flatten(2, 3)
-        return {
-            "hidden": hidden[:, : self.width].contiguous(),
-            "readout": readout[:, :, : self.width].contiguous(),
-        }
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take weights back from `state`.
-
-        Raises:
-            ValueError: weights of other members, widths, templates or bits.
-        """
-        members, blocks, templates, units = self.hidden.shape
-        bits = self.readout.shape[2]
-        shapes = {"hidden": (members, self.width, templates), "readout": (members, bits, self.width)}
-        for name, shape in shapes.items():
-            if name not in state or tuple(state[name].shape) != shape:
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise ValueError(f"weights {name!r} have shape {found}; expected {shape}")
-        room = blocks * units - self.width
-        hidden = functional.pad(state["hidden"].to(self.hidden), (0, 0, 0, room))
-        readout = functional.pad(state["readout"].to(self.readout), (0, room))
-        self.hidden.copy_(hidden.view(members, blocks, units, templates).transpose(2, 3))
-        self.readout.copy_(readout.view(members, bits, blocks, units).transpose(1, 2))
-
-
-def block_shape(width: int) -> tuple[int, int]:
-    """How many blocks ``width`` hidden units fill, and the units of a block.
+        hidden: W1, shape (width, in_features); the 1/√k is in `forward`.
+        readout: W2, shape (out_features, width); likewise, with 1/√n.
 
     Raises:
-        ValueError: no units.
+        OptionError: A size outside its range.
     """
-    if width < 1:
-        raise ValueError(f"--width {width}: expected at least 1")
-    units = min(width, BLOCK_UNITS)
-    return -(-width // units), units
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(in_features, out_features, width)
+        self.hidden = nn.Parameter(torch.empty(width, in_features, device=device, dtype=dtype))
+        self.readout = nn.Parameter(torch.empty(out_features, width, device=device, dtype=dtype))
+        with torch.no_grad():
+            for weights in (self.hidden, self.readout):
+                weights.normal_(generator=generator)
+
+    def forward(self, x: Float[Tensor, "inputs in_features"]) -> Float[Tensor, "inputs out_features"]:
+        """Return the network's outputs at a batch of inputs."""
+        width, features = self.hidden.shape
+        return torch.relu(x @ self.hidden.mT / math.sqrt(features)) @ self.readout.mT / math.sqrt(width)
+
+    def extra_repr(self) -> str:
+        """Show the three sizes."""
+        width, features = self.hidden.shape
+        return f"in_features={features}, out_features={len(self.readout)}, width={width}"
+
+
+class MLPStack(nn.Module):
+    """Members of an ensemble side by side: the weights of several `TwoLayerMLP` in two parameters.
+
+    The layout is that of `torch.func.stack_module_state`. Member i of an ensemble is a function of (seed, i)
+    and the type of the device alone; its weights are drawn in float32, whatever type they are kept in.
+
+    Args:
+        in_features: k, the inputs' dimension, at least 1.
+        out_features: m, the outputs' dimension, at least 1.
+        width: n, the hidden units of each member, 1 to 16777216; even if ``init`` is "antisymmetric".
+        members: Number of members, which are then 0, 1, …; or their indices in the ensemble, each at most 2³² − 1.
+        seed: Seed of the ensemble, 0 to 2⁶³ − 1.
+        init: How the weights are drawn, "gaussian" or "antisymmetric".
+        device: Where the weights lie; PyTorch's default device if None.
+        dtype: Type of the weights; PyTorch's default type if None.
+        draw: Pass False to leave the weights uninitialised, for `load_state_dict`.
+
+    Attributes:
+        indices: Indices of the members in their ensemble.
+        hidden: W1 of every member, shape (members, width, in_features).
+        readout: W2 of every member, shape (members, out_features, width).
+
+    Raises:
+        OptionError: A size, a seed or an index outside its range, or an unknown ``init``.
+        MemoryError: The weights do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        width: int,
+        members: int | Sequence[int],
+        *,
+        seed: int = 0,
+        init: Init = "gaussian",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        draw: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_sizes(in_features, out_features, width)
+        check_range("seed", seed, 0, SEED_MAX)
+        check_choice("init", init, INITS)
+        if init == "antisymmetric" and width % 2:
+            raise OptionError("width", width, "an even number with antisymmetric initialisation")
+        self.indices = tuple(range(members)) if isinstance(members, int) else tuple(members)
+        if not self.indices:
+            raise OptionError("members", members, "at least one member")
+        for index in self.indices:
+            check_range("members", index, 0, MEMBER_MAX)
+        self.seed = seed
+        self.init: Init = init
+        count = len(self.indices)
+        try:
+            hidden = torch.empty(count, width, in_features, device=device, dtype=dtype)
+            readout = torch.empty(count, out_features, width, device=device, dtype=dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # A CPU allocation that fails has no type of its own; nothing else can fail here.
+            raise MemoryError(f"{count} members of width {width} do not fit into memory") from error
+        self.hidden, self.readout = nn.Parameter(hidden), nn.Parameter(readout)
+        if draw:
+            map_members(self.redraw, range(count), self.hidden.device)
+
+    def __len__(self) -> int:
+        """Return the number of members."""
+        return len(self.indices)
+
+    def forward(self, x: Float[Tensor, "inputs in_features"]) -> Float[Tensor, "members inputs out_features"]:
+        """Return every member's outputs at a batch of inputs, differentiable in the weights and the inputs."""
+        # Made anew for each call: a submodule on "meta" could not be moved to a device.
+        forward = forward_of(self.hidden, self.readout)
+        outputs: Tensor = vmap(forward, in_dims=(0, None))({"hidden": self.hidden, "readout": self.readout}, x)
+        return outputs
+
+    def member(self, position: int) -> TwoLayerMLP:
+        """Return a copy of one member as a network of its own.
+
+        Args:
+            position: Which of this stack's members, 0 to ``len(self) − 1``.
+        """
+        return self._network(self.hidden[position], self.readout[position])
+
+    def initial(self, position: int) -> TwoLayerMLP:
+        """Return one member as it was before training, drawn again from its seed.
+
+        Args:
+            position: Which of this stack's members, 0 to ``len(self) − 1``.
+        """
+        hidden, readout = torch.empty_like(self.hidden[position]), torch.empty_like(self.readout[position])
+        self._draw(self.indices[position], hidden, readout)
+        return self._network(hidden, readout)
+
+    @torch.no_grad()
+    def redraw(self, position: int) -> None:
+        """Set one member back to its initial weights, in place.
+
+        Args:
+            position: Which of this stack's members, 0 to ``len(self) − 1``.
+        """
+        self._draw(self.indices[position], self.hidden[position], self.readout[position])
+
+    def _network(self, hidden: Tensor, readout: Tensor) -> TwoLayerMLP:
+        network = TwoLayerMLP(hidden.shape[1], len(readout), len(hidden), device="meta")
+        network.to_empty(device=hidden.device).to(hidden.dtype)
+        network.load_state_dict({"hidden": hidden, "readout": readout})
+        return network
+
+    def _draw(self, index: int, hidden: Tensor, readout: Tensor) -> None:
+        """Write the initial weights of the member with this index."""
+        generator = torch.Generator(hidden.device).manual_seed(member_seed(self.seed, index))
+        if self.init == "gaussian":
+            _fill(hidden, generator)
+            _fill(readout, generator)
+            return
+        half = len(hidden) // 2
+        _fill(hidden[:half], generator)
+        hidden[half:] = hidden[:half]
+        first = torch.empty(len(readout), half, device=readout.device, dtype=readout.dtype)
+        _fill(first, generator)
+        readout[:, :half], readout[:, half:] = first, -first
+
+    def extra_repr(self) -> str:
+        """Show the number of members and the three sizes."""
+        members, width, features = self.hidden.shape
+        return f"members={members}, in_features={features}, out_features={self.readout.shape[1]}, width={width}"
+
+
+def forward_of(
+    hidden: Float[Tensor, "*members width in_features"], readout: Float[Tensor, "*members out_features width"]
+) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
+    """Return `TwoLayerMLP.forward` as a pure function of one member's weights, by name, and the inputs.
+
+    Args:
+        hidden: Weights whose shape says what networks these are.
+        readout: The same of the second layer.
+    """
+    # Only its `forward` is used, so it needs no memory.
+    network = TwoLayerMLP(hidden.shape[-1], readout.shape[-2], hidden.shape[-2], device="meta")
+
+    def forward(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        outputs: Tensor = functional_call(network, dict(weights), (x,))
+        return outputs
+
+    return forward
 
 
 def member_seed(seed: int, index: int) -> int:
-    """The generator seed of one member.
+    """Return the generator seed of one member.
 
-    A CPU generator uses 32 bits of its seed. For a fixed run seed this maps indices below 2³² to
+    A CPU generator uses 32 bits of its seed. For a fixed ensemble seed this maps indices below 2³² to
     distinct values (each step can be undone), so no two members of an ensemble are alike.
     """
     value = index & 0xFFFFFFFF
@@ -185,19 +240,19 @@ def member_seed(seed: int, index: int) -> int:
     return value ^ (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019 & 0xFFFFFFFFFFFFFFFF) >> 32
 
 
-def _draw_units(hidden: Tensor, readout: Tensor, units: range, generator: torch.Generator) -> None:
-    """Fill the first units with N(0, 1), a whole block after the other, and the rest with 0."""
-    size = hidden.shape[-1]
-    for block in range(hidden.shape[0]):
-        used = min(max(len(units) - block * size, 0), size)
-        for weights in (hidden[block], readout[block]):
-            if used:
-                weights.normal_(generator=generator)
-            weights[:, used:] = 0
+def _fill(weights: Tensor, generator: torch.Generator) -> None:
+    """Fill a tensor with N(0, 1), row by row of its contiguous layout."""
+    numbers = weights if weights.is_contiguous() else torch.empty_like(weights, memory_format=torch.contiguous_format)
+    for part in torch.split(numbers.view(-1), _NUMBERS_AT_ONCE):
+        if part.dtype == torch.float32:
+            part.normal_(generator=generator)
+        else:
+            part.copy_(torch.empty_like(part, dtype=torch.float32).normal_(generator=generator))
+    if numbers is not weights:
+        weights.copy_(numbers)
 
 
-def _mirror(weights: Tensor, half: int, sign: int) -> None:
-    """Copy units 0…half−1 of one member to half…2·half−1, times ``sign``."""
-    flat = weights.permute(0, 2, 1).reshape(-1, weights.shape[1]).clone()
-    flat[half : 2 * half] = sign * flat[:half]
-    weights.copy_(flat.view(weights.shape[0], weights.shape[2], weights.shape[1]).permute(0, 2, 1))
+def _check_sizes(in_features: int, out_features: int, width: int) -> None:
+    check_range("in_features", in_features, 1, 1 << 24)
+    check_range("out_features", out_features, 1, 1 << 24)
+    check_range("width", width, 1, WIDTH_MAX)

@@ -26,20 +26,20 @@ InputT = TypeVar("InputT")
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSet:
-    """Distinct states from true trajectories with their true successors.
+    """Distinct states from true trajectories with their true next_states.
 
     Attributes:
         states: the states, in the order in which they were first seen.
         matches: which templates match each state.
-        successors: the state after one micro-step.
-        executions: for each complete execution the indices of its states, in order. An execution
+        next_states: the state after one micro-step.
+        trajectories: for each complete execution the indices of its states, in order. An execution
             is right if and only if the prediction for each of them is.
     """
 
     states: Bool[Tensor, "states bits"]
     matches: Bool[Tensor, "states templates"]
-    successors: Bool[Tensor, "states bits"]
-    executions: tuple[Int[Tensor, " _steps"], ...]
+    next_states: Bool[Tensor, "states bits"]
+    trajectories: tuple[Int[Tensor, " _steps"], ...]
 
     def __len__(self) -> int:
         """The number of states."""
@@ -50,7 +50,7 @@ class EvaluationSet:
         """The first ``count`` distinct states of the task's inputs, in the order of `Task.inputs`.
 
         An execution that would lead beyond ``count`` is cut: its states stay, but it does not count
-        among ``executions``. There are fewer than ``count`` states if the inputs end, or repeat.
+        among ``trajectories``. There are fewer than ``count`` states if the inputs end, or repeat.
 
         Raises:
             ValueError: ``count`` below 1, or a task without inputs.
@@ -59,7 +59,7 @@ class EvaluationSet:
         if count < 1:
             raise ValueError(f"an evaluation set of {count} states: expected at least 1")
         index: dict[bytes, int] = {}
-        executions: dict[tuple[bytes, int], Int[Tensor, " _steps"]] = {}
+        trajectories: dict[tuple[bytes, int], Int[Tensor, " _steps"]] = {}
         states: list[Bool[Tensor, " bits"]] = []
         fruitless = 0
         inputs = task.inputs(random.Random(seed))
@@ -67,7 +67,7 @@ class EvaluationSet:
             batch = _next_batch(task, inputs, count - len(states))
             if not batch:
                 break
-            for trajectory in _executions(task, batch):
+            for trajectory in _trajectories(task, batch):
                 known = len(states)
                 keys = [row.tobytes() for row in np.packbits(trajectory.numpy(), axis=1)]
                 for key, state in zip(keys, trajectory, strict=True):
@@ -76,7 +76,7 @@ class EvaluationSet:
                         states.append(state)
                 if keys and all(key in index for key in keys):
                     # Equal starts have equal trajectories, as far as they go.
-                    executions.setdefault((keys[0], len(keys)), torch.tensor([index[key] for key in keys]))
+                    trajectories.setdefault((keys[0], len(keys)), torch.tensor([index[key] for key in keys]))
                 fruitless = 0 if len(states) > known else fruitless + 1
                 if len(states) == count:
                     break
@@ -85,8 +85,8 @@ class EvaluationSet:
         stacked = torch.stack(states)
         chunks = [slice(start, start + _STATES_AT_ONCE) for start in range(0, len(stacked), _STATES_AT_ONCE)]
         matches = torch.cat([task.templates.matches(stacked[chunk]) for chunk in chunks])
-        successors = torch.cat([task.templates.counts(matches[chunk]) > 0 for chunk in chunks])
-        return cls(stacked, matches, successors, tuple(executions.values()))
+        next_states = torch.cat([task.templates.counts(matches[chunk]) > 0 for chunk in chunks])
+        return cls(stacked, matches, next_states, tuple(trajectories.values()))
 
 
 def trajectories(
@@ -103,14 +103,14 @@ def trajectories(
     active = [i for i, limit in enumerate(micro_steps) if limit > 0]
     states = starts[active]
     while active:
-        successors = templates.micro_step(states)
-        finals[active] = successors
-        fixed = (successors == states).all(1).tolist()
+        next_states = templates.micro_step(states)
+        finals[active] = next_states
+        fixed = (next_states == states).all(1).tolist()
         for i, state in zip(active, states, strict=True):
             visited[i].append(state)
         going_on = [row for row, i in enumerate(active) if not fixed[row] and len(visited[i]) < micro_steps[i]]
         active = [active[row] for row in going_on]
-        states = successors[going_on]
+        states = next_states[going_on]
     empty = starts.new_zeros((0, starts.shape[1]))
     return [torch.stack(rows) if rows else empty for rows in visited], finals
 
@@ -126,7 +126,7 @@ def _next_batch(task: Task[InputT, Any], inputs: Iterator[InputT], wanted: int) 
     return batch
 
 
-def _executions(task: Task[InputT, Any], values: list[InputT]) -> Iterator[Bool[Tensor, "_steps bits"]]:
+def _trajectories(task: Task[InputT, Any], values: list[InputT]) -> Iterator[Bool[Tensor, "_steps bits"]]:
     """Each input's trajectory, once its output has been compared with the task's reference."""
     starts = torch.stack([task.layout.pack(task.fields(value)) for value in values])
     visited, finals = trajectories(task.templates, starts, [task.micro_steps(value) for value in values])

@@ -20,6 +20,7 @@ from ntk_ensembles.theory.decoding import (
     thresholds,
 )
 from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
+from ntk_ensembles.theory.limit import LimitPrediction
 from ntk_ensembles.theory.predictor import Gaussian, Posterior, TemplatePredictor, posterior
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ExactMatchBand",
     "Gaussian",
     "InverseKernel",
+    "LimitPrediction",
     "Posterior",
     "TemplatePredictor",
     "bit_error_probability",

@@ -1,34 +1,8 @@
-"""Training runs: the Lightning module, metrics, convergence to theory, and what a run leaves.
+"""Lightning: the module around a stack of members, its data, its metrics, and `train`, which makes whole runs."""
 
-`module` streams cohorts through Lightning, `metrics` and `convergence` measure them, `recorder` writes the
-run directory, `run` puts a run together.
-"""
+from ntk_ensembles.training.data import EvaluationBatch, TaskData
+from ntk_ensembles.training.metrics import EvaluationMetrics
+from ntk_ensembles.training.module import EnsembleModule
+from ntk_ensembles.training.train import Interrupted, train
 
-from ntk_ensembles.training.convergence import ConvergenceRow, Theory, convergence, ensemble_sizes
-from ntk_ensembles.training.metrics import BitAccuracy, ExactMatch, ExecutionMatch, RMSDeviation
-from ntk_ensembles.training.module import EnsembleModule, MembersDataModule
-from ntk_ensembles.training.options import RunOptions
-from ntk_ensembles.training.records import MemberRecords, Records
-from ntk_ensembles.training.run import Interrupted, Run, train
-from ntk_ensembles.training.store import RunStore, StoreError
-
-__all__ = [
-    "BitAccuracy",
-    "ConvergenceRow",
-    "EnsembleModule",
-    "ExactMatch",
-    "ExecutionMatch",
-    "Interrupted",
-    "MemberRecords",
-    "MembersDataModule",
-    "RMSDeviation",
-    "Records",
-    "Run",
-    "RunOptions",
-    "RunStore",
-    "StoreError",
-    "Theory",
-    "convergence",
-    "ensemble_sizes",
-    "train",
-]
+__all__ = ["EnsembleModule", "EvaluationBatch", "EvaluationMetrics", "Interrupted", "TaskData", "train"]

@@ -1,96 +1,61 @@
-"""What is measured, as torchmetrics: states are registered, so `reset`, `sync` and checkpoints work."""
+"""What is measured on evaluation states, as torchmetrics, each beside what infinite width predicts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, MeanSquaredError, Metric, MetricCollection
+from torchmetrics.classification import BinaryAccuracy, MultilabelExactMatch
+
+from ntk_ensembles.theory import DECODERS, bit_error_probability, decode, exact_match_probability, margins
+from ntk_ensembles.training.data import EvaluationBatch
 
 
-class _Share(Metric):
-    """A share of things that are right.
+class EvaluationMetrics(MetricCollection):
+    """Metrics of an ensemble's mean on evaluation states.
 
-    Args:
-        options: those of every metric, such as ``sync_on_compute``.
-    """
-
-    full_state_update = False
-    higher_is_better = True
-    right: Tensor
-    total: Tensor
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
-
-    def _count(self, right: Tensor) -> None:
-        self.right += right.sum()
-        self.total += right.numel()
-
-    def compute(self) -> Tensor:
-        """The share, float64; nan before any update."""
-        return self.right.to(torch.float64) / self.total
-
-
-class ExactMatch(_Share):
-    """The share of states all of whose bits are right."""
-
-    def update(self, decoded: Bool[Tensor, "states bits"], successors: Bool[Tensor, "states bits"]) -> None:
-        """Count the states of one ensemble's decoded predictions."""
-        self._count((decoded == successors).all(-1))
-
-
-class BitAccuracy(_Share):
-    """The share of bits that are right."""
-
-    def update(self, decoded: Bool[Tensor, "states bits"], successors: Bool[Tensor, "states bits"]) -> None:
-        """Count the bits of one ensemble's decoded predictions."""
-        self._count(decoded == successors)
-
-
-class ExecutionMatch(_Share):
-    """The share of whole executions all of whose micro-steps are right.
-
-    Under teacher forcing, which for this question equals the closed loop: the first wrong micro-step
-    of an execution is wrong in both (DESIGN §4).
+    For each decoder ``exact_match/DECODER``, the share of states all of whose bits are decoded right, and
+    ``bit_accuracy/DECODER``, the share of bits; and ``rms_deviation``, the root mean square of the ensemble's mean
+    minus the NTK mean. Each has a twin ``predicted_…``, its expected value at infinite width.
 
     Args:
-        executions: for each the indices of its states.
+        prefix: Prefix of the names, such as "val/".
+        bits: Bits of a state, m.
     """
 
-    def __init__(self, executions: Sequence[Int[Tensor, " _steps"]]) -> None:
-        super().__init__()
-        self._executions = executions
+    def __init__(self, prefix: str, bits: int) -> None:
+        metrics: dict[str, Metric | MetricCollection] = {}
+        for decoder in DECODERS:
+            metrics[f"exact_match/{decoder}"] = MultilabelExactMatch(bits, validate_args=False)
+            metrics[f"predicted_exact_match/{decoder}"] = MeanMetric()
+            metrics[f"bit_accuracy/{decoder}"] = BinaryAccuracy(validate_args=False)
+            metrics[f"predicted_bit_accuracy/{decoder}"] = MeanMetric()
+        metrics["rms_deviation"] = MeanSquaredError(squared=False)
+        metrics["predicted_rms_deviation"] = MeanSquaredError(squared=False)
+        super().__init__(metrics, prefix=prefix, compute_groups=False)
 
-    def update(self, decoded: Bool[Tensor, "states bits"], successors: Bool[Tensor, "states bits"]) -> None:
-        """Count the executions of one ensemble's decoded predictions."""
-        states = (decoded == successors).all(-1)
-        self._count(torch.stack([states[steps].all() for steps in self._executions]))
+    def update(
+        self, mean: Float[Tensor, "states bits"], batch: EvaluationBatch, members: int, *, antisymmetric: bool
+    ) -> None:
+        """Count one batch of states.
 
-
-class RMSDeviation(Metric):
-    """The root mean square of outputs minus the NTK mean."""
-
-    full_state_update = False
-    higher_is_better = False
-    squares: Tensor
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("squares", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, deviations: Float[Tensor, "states bits"]) -> None:
-        """Add one ensemble's deviations from the NTK mean."""
-        self.squares += deviations.square().sum(dtype=torch.float64)
-        self.total += deviations.numel()
-
-    def compute(self) -> Tensor:
-        """The root mean square, float64; nan before any update."""
-        return (self.squares / self.total).sqrt()
+        Args:
+            mean: The ensemble's mean outputs.
+            batch: The states and what is known of them.
+            members: Number of members in the mean.
+            antisymmetric: Whether they started at exactly 0: their variance at infinite width is then 0.
+        """
+        next_states, variance = batch["next_states"], batch["variance"] * (not antisymmetric)
+        for decoder in DECODERS:
+            thresholds = batch["thresholds"][decoder]
+            decoded = decode(mean.to(thresholds), thresholds).int()
+            expected = margins(batch["mean"], thresholds, next_states)
+            for name in ("exact_match", "bit_accuracy"):
+                self[f"{name}/{decoder}"].update(decoded, next_states.int())
+            exact = exact_match_probability(expected, variance, members)
+            errors = bit_error_probability(expected, variance, members)
+            self[f"predicted_exact_match/{decoder}"].update(exact)
+            self[f"predicted_bit_accuracy/{decoder}"].update(1 - errors)
+        spread = (variance / members).sqrt()
+        self["rms_deviation"].update(mean.to(batch["mean"]), batch["mean"])
+        self["predicted_rms_deviation"].update(spread, spread.new_zeros(spread.shape))

@@ -1,163 +1,219 @@
-"""The LightningModule: each batch is a cohort of member indices, each step trains it whole (DESIGN §4)."""
+"""An ensemble as a LightningModule: the members that are in memory, trained together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from lightning import LightningDataModule, LightningModule
-from torch.utils.data import DataLoader
+from jaxtyping import Float
+from lightning import LightningModule
+from torch import Tensor, nn
 
-from ntk_ensembles.ensemble import TrainedCohort, train_cohort
-from ntk_ensembles.tasks import find_task
-from ntk_ensembles.training.convergence import Theory
-from ntk_ensembles.training.options import RunOptions, evaluation_of, recipe_of
-from ntk_ensembles.training.records import MemberRecords, Records
+from ntk_ensembles.ensemble import (
+    PRECISIONS,
+    Descent,
+    DescentOptions,
+    EngineChoice,
+    Init,
+    Loss,
+    MemberStatus,
+    MLPStack,
+    TwoLayerMLP,
+    predict,
+)
+from ntk_ensembles.ensemble.descent import inverse_kernel_of
+from ntk_ensembles.training.data import EvaluationBatch
+from ntk_ensembles.training.metrics import EvaluationMetrics
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class EnsembleModule(LightningModule):
-    """Streams an ensemble: draws, trains and evaluates one cohort a training step, then drops its weights.
+    """Members of an ensemble, trained by Lightning's `Trainer` on one batch (X, Y).
 
-    It has no parameters of its own and no optimizer: members live for one step, and the rule that trains
-    them is `descend`. What stays are their records, which a Lightning checkpoint holds too
-    (``EnsembleModule.load_from_checkpoint(path, weights_only=True)``).
+    By default they are trained by `Descent`, the package's rule: full-batch, a step an epoch, each member until it
+    has converged by itself; `fit` ends when no member is left running. Its memory is the optimizer's state, so
+    Lightning's checkpoints hold it and a resumed `fit` takes the very steps of one that was not interrupted.
+
+    The members are drawn when the module is made, on PyTorch's default device. Make it inside
+    ``trainer.init_module()`` to draw large members on a GPU: member i is a function of (seed, i) and of the type of
+    device that it was drawn on.
 
     Args:
-        task: the word with which `find_task` finds the task's class.
-        task_options: its options.
-        options: those of `RunOptions` that differ from their defaults, or all.
-        theory: made from the three, where it is there already.
-        keep_weights: leave the trained weights in ``cohort``.
-        say: told in one line when memory runs out and a cohort is halved.
+        in_features: k, the inputs' dimension.
+        out_features: m, the outputs' dimension.
+        width: n, the hidden units of each member.
+        members: Number of members, which are then 0, 1, …; or their indices in the ensemble.
+        seed: Seed of the ensemble.
+        init: How weights are drawn, "gaussian" or "antisymmetric".
+        loss: What is minimised: "whitened", the squared error whitened by the NTK, or "mse", the plain one.
+        tolerance: Share of the first squared training error at which a member has converged; `Descent` only.
+        steps_max: Steps after which a member is given up; `Descent` only.
+        engine: "auto" takes a fast path for one-hot X; "functional" never does; `Descent` only.
+        optimizer: To study another rule, pass what makes a PyTorch optimizer from parameters, such as
+            ``functools.partial(torch.optim.Adam, lr=1e-3)``. The loss is then the sum over members of ½·tr(R Rᵀ),
+            or of ½·tr(R Θ⁻¹ Rᵀ) for "whitened", which needs all of X in one batch.
 
     Attributes:
-        recipe: how members are made.
-        theory: the evaluation states and what infinite width says of them.
-        records: of all members so far, in all processes once computed.
-        cohort: what the last training step trained; None before the first and where there was nothing to do.
-        cohort_records: its records.
+        stack: The members.
+
+    Raises:
+        OptionError: An argument outside its range.
     """
 
     def __init__(
         self,
-        task: str,
-        task_options: dict[str, Any],
-        options: dict[str, Any],
+        in_features: int,
+        out_features: int,
+        width: int,
+        members: int | Sequence[int],
         *,
-        theory: Theory | None = None,
-        keep_weights: bool = False,
-        say: Callable[[str], None] = lambda line: None,
+        seed: int = 0,
+        init: Init = "gaussian",
+        loss: Loss = "whitened",
+        tolerance: float = 1e-6,
+        steps_max: int = 50,
+        engine: EngineChoice = "auto",
+        optimizer: OptimizerFactory | None = None,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
-        # Plain values, so that a checkpoint with them loads without executing anything from it.
-        self.save_hyperparameters("task", "task_options", "options")
-        chosen = RunOptions(**options)
-        if theory is None:
-            found = find_task(task).from_options(task_options)
-            theory = Theory(found, evaluation_of(found, chosen), chosen.init)
-        self.recipe = recipe_of(theory.task, chosen)
-        self.theory = theory
-        self._keep_weights = keep_weights
-        self._say = say
-        self._members_max: int | None = None
-        self.records = MemberRecords(*theory.mean.shape)
-        self.cohort: TrainedCohort | None = None
-        self.cohort_records = Records.none(*theory.mean.shape)
+        if not isinstance(members, int):
+            members = list(members)  # as plain values, so that a checkpoint loads without executing anything
+        self.save_hyperparameters(ignore=["optimizer"])
+        options = DescentOptions(loss, tolerance, steps_max, engine)
+        self.stack = MLPStack(in_features, out_features, width, members, seed=seed, init=init)
+        self._make_optimizer = optimizer
+        self._loss: Loss = loss
+        self._descent = Descent(self.stack, options)
+        # Descent takes its steps itself; any other optimizer is left to Lightning.
+        self.automatic_optimization = optimizer is not None
+        self.val_metrics = EvaluationMetrics("val/", out_features)
+        self.test_metrics = EvaluationMetrics("test/", out_features)
 
-    def configure_optimizers(self) -> None:
-        """None: training is `descend`'s."""
+    def forward(self, x: Float[Tensor, "inputs in_features"]) -> Float[Tensor, "members inputs out_features"]:
+        """Return every member's outputs at a batch of inputs."""
+        outputs: Tensor = self.stack(x)
+        return outputs
 
-    def training_step(self, indices: Sequence[int]) -> None:
-        """Train and evaluate the members with these indices."""
-        if not indices:
-            self.cohort = None
-            return
-        self.cohort = self._train(list(indices))
-        deviations = (self.cohort.predictions.cpu() - self.theory.mean).to(torch.float16)
-        self.cohort_records = Records.of(self.cohort, deviations)
-        self.records.update(self.cohort_records)
+    def member(self, position: int) -> TwoLayerMLP:
+        """Return a copy of one member as a network of its own; see `MLPStack.member`."""
+        return self.stack.member(position)
 
-    def _train(self, indices: list[int]) -> TrainedCohort:
-        """The members, as many at once as memory has been seen to hold; they do not depend on it."""
-        size = min(len(indices), self._members_max or len(indices))
-        try:
-            parts = [
-                train_cohort(
-                    self.recipe,
-                    indices[start : start + size],
-                    self.theory.inputs,
-                    self.device,
-                    keep_weights=self._keep_weights,
-                )
-                for start in range(0, len(indices), size)
-            ]
-            return TrainedCohort.join(parts)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise MemoryError(
-                    f"one member of width {self.recipe.width} does not fit the memory of {self.device}; expected a "
-                    "smaller --width"
-                ) from None
-        # Outside the handler, whose exception still holds the tensors of the attempt.
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._members_max = size // 2
-        self._say(f"out of memory with {size} members at once; going on with {self._members_max}")
-        return self._train(indices)
+    def initial(self, position: int) -> TwoLayerMLP:
+        """Return one member as it was before training; see `MLPStack.initial`."""
+        return self.stack.initial(position)
 
+    @property
+    def statuses(self) -> list[MemberStatus]:
+        """How far each member has come; as at the start if another optimizer than `Descent` trains them."""
+        return self._descent.statuses
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; PyTorch has a type for that on a GPU only."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all processes of a run must agree on; the first one decides.
-
-    Attributes:
-        directory: the run's.
-        indices: the members still to be trained.
-        cohort: how many at once.
-    """
-
-    directory: str
-    indices: tuple[int, ...]
-    cohort: int
-
-
-class MembersDataModule(LightningDataModule):
-    """Cohorts of member indices, dealt out to the processes; every process gets as many, the last ones may be empty.
-
-    Args:
-        plan: the first process's; the others' is replaced by it.
-
-    Attributes:
-        plan: the agreed one.
-    """
-
-    def __init__(self, plan: Plan | None) -> None:
-        super().__init__()
-        self.plan = plan
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return the optimizer that was asked for, or the package's rule."""
+        return self._descent if self._make_optimizer is None else self._make_optimizer(self.stack.parameters())
 
     def setup(self, stage: str) -> None:
-        """Agree on the plan."""
-        assert self.trainer is not None
-        self.plan = self.trainer.strategy.broadcast(self.plan)
+        """Refuse trainers that cannot train independent members.
 
-    def train_dataloader(self) -> DataLoader[list[int]]:
-        """This process's cohorts, in order."""
-        assert self.trainer is not None
-        assert self.plan is not None
-        indices, size = self.plan.indices, self.plan.cohort
-        cohorts = [list(indices[start : start + size]) for start in range(0, len(indices), size)]
-        world, rank = self.trainer.world_size, self.trainer.global_rank
-        cohorts += [[] for _ in range(-len(cohorts) % world)]
-        return DataLoader(cohorts[rank::world], batch_size=None, collate_fn=list)  # type: ignore[arg-type]
+        Raises:
+            ValueError: Several processes, or a precision that `Descent` does not have.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"Trainer(devices=…): an EnsembleModule trains on one device, not in {self.trainer.world_size} "
+                "processes; members are independent, so give each process members of its own, as train.py does"
+            )
+        if stage == "fit" and self._make_optimizer is None and self.trainer.precision not in PRECISIONS:
+            raise ValueError(
+                f"Trainer(precision={self.trainer.precision!r}): expected one of {', '.join(PRECISIONS)}, or an "
+                "optimizer of your own"
+            )
+
+    def on_train_start(self) -> None:
+        """Check that X comes in one batch, and let members know the precision.
+
+        Raises:
+            ValueError: Several training batches with a rule that needs all of X at once.
+        """
+        full_batch = self._make_optimizer is None or self._loss == "whitened"
+        if full_batch and self.trainer.num_training_batches != 1:
+            raise ValueError(
+                f"{self.trainer.num_training_batches} training batches: expected one that holds all of X and Y "
+                '(batch_size=len(X)), or an optimizer of your own with loss="mse"'
+            )
+        # Autocast reaches the main thread only; members are trained on several.
+        self._descent.bfloat16 = self.trainer.precision == "bf16-mixed"
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor | None:
+        """Take one step with every member, or return the loss for another optimizer to descend."""
+        x, y = batch
+        if self._make_optimizer is not None:
+            return self._training_loss(x, y)
+        if not self._descent.is_bound:
+            self._descent.bind(x, y)
+        if self._descent.running:
+            # Lightning's wrapper, which counts the step.
+            cast(torch.optim.Optimizer, self.optimizers()).step()
+        losses = torch.tensor([status.losses[-1] for status in self.statuses], dtype=torch.float64)
+        relative = torch.tensor([status.relative_loss for status in self.statuses], dtype=torch.float64)
+        self._log_losses(losses, relative)
+        if not self._descent.running:
+            self.trainer.should_stop = True
+        return None
+
+    def _training_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        residuals = self(x) - y
+        self._log_losses(residuals.detach().double().square().mean((1, 2)), None)
+        if self._loss == "mse":
+            return residuals.square().sum() / 2
+        residuals = residuals.mT
+        loss: Tensor = (residuals * inverse_kernel_of(x)(residuals)).sum() / 2
+        return loss
+
+    def _log_losses(self, losses: Tensor, relative: Tensor | None) -> None:
+        """Log the mean squared training errors of the members."""
+        values = {"train/loss_max": losses.max(), "train/loss_median": losses.median(), "train/loss_min": losses.min()}
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        if relative is not None:
+            running = float(sum(status.running for status in self.statuses))
+            progress = {"train/relative_loss_max": relative.max(), "train/running": running}
+            self.log_dict(progress, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+
+    def on_train_end(self) -> None:
+        """Free what only training needs."""
+        self._descent.release()
+
+    def validation_step(self, batch: EvaluationBatch | Sequence[Tensor], batch_idx: int) -> None:
+        """Measure the ensemble on evaluation states, or its squared error on a batch (X, Y)."""
+        self._evaluate(batch, "val/", self.val_metrics)
+
+    def test_step(self, batch: EvaluationBatch | Sequence[Tensor], batch_idx: int) -> None:
+        """Measure the ensemble on evaluation states, or its squared error on a batch (X, Y)."""
+        self._evaluate(batch, "test/", self.test_metrics)
+
+    def predict_step(
+        self, batch: EvaluationBatch | Sequence[Tensor] | Tensor, batch_idx: int
+    ) -> Float[Tensor, "members inputs out_features"]:
+        """Return every member's outputs at the batch's inputs."""
+        inputs = batch["inputs"] if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else batch[0]
+        outputs: Tensor = predict(self.stack, inputs)
+        return outputs
+
+    def _evaluate(self, batch: EvaluationBatch | Sequence[Tensor], prefix: str, metrics: EvaluationMetrics) -> None:
+        # Members that were given up are never averaged in; those that are still running are.
+        kept = [i for i, status in enumerate(self.statuses) if status.running or status.converged]
+        outputs = self.predict_step(batch, 0)
+        mean = (outputs[kept] if 0 < len(kept) < len(outputs) else outputs).mean(0)
+        if not isinstance(batch, Mapping):
+            self.log(f"{prefix}loss", (mean - batch[1]).double().square().mean(), batch_size=len(mean))
+            return
+        members = len(kept) or len(outputs)
+        metrics.update(mean, batch, members, antisymmetric=self.stack.init == "antisymmetric")
+        self.log_dict(metrics, batch_size=len(mean))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the members' statuses, also where no `fit` follows."""
+        states = checkpoint.get("optimizer_states")
+        if states and self._make_optimizer is None:
+            self._descent.load_state_dict(states[0])

@@ -1,30 +1,33 @@
-"""The draw of members: reproducible, independent of the cohort, distributed as it says."""
+"""The network is its formula; members are reproducible, independent of their stack, distributed as documented."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
+from torch.func import stack_module_state
 
-from ntk_ensembles.ensemble import Cohort, Init, TwoLayerMLP
+from ntk_ensembles.ensemble import Init, MLPStack, TwoLayerMLP
 from ntk_ensembles.ensemble.network import member_seed
 
 
-def drawn(indices: list[int], *, width: int = 2500, init: Init = "gaussian", seed: int = 7) -> Cohort:
-    return Cohort.allocate(seed, indices, init, width=width, templates=5, bits=3).draw()
+def drawn(indices: list[int], *, width: int = 2500, init: Init = "gaussian", seed: int = 7) -> MLPStack:
+    return MLPStack(5, 3, width, indices, seed=seed, init=init)
 
 
 @pytest.mark.parametrize("init", ["gaussian", "antisymmetric"])
-def test_a_member_is_the_same_to_the_bit_in_every_cohort(init: Init) -> None:
-    together = drawn([0, 1, 2, 3], init=init).state()
+def test_a_member_is_the_same_to_the_bit_in_every_stack(init: Init) -> None:
+    together = drawn([0, 1, 2, 3], init=init)
     for indices in ([2], [3, 2], [9, 2, 1]):
-        alone = drawn(indices, init=init).state()
-        for name, weights in together.items():
-            assert torch.equal(alone[name][indices.index(2)], weights[2])
+        alone = drawn(indices, init=init)
+        for name, weights in together.named_parameters():
+            assert torch.equal(alone.get_parameter(name)[indices.index(2)], weights[2])
 
 
 def test_members_and_seeds_differ() -> None:
-    weights = drawn([0, 1]).state()["hidden"]
-    other = drawn([0], seed=8).state()["hidden"]
+    weights = drawn([0, 1]).hidden
+    other = drawn([0], seed=8).hidden
     assert not torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], other[0])
 
@@ -36,36 +39,43 @@ def test_no_two_members_of_a_run_share_a_generator_seed() -> None:
 
 
 def test_gaussian_weights_are_standard_normal() -> None:
-    state = drawn([0], width=20_000).state()
-    for weights in state.values():
-        flat, count = weights.flatten().double(), weights.numel()
+    for weights in drawn([0], width=40_000).parameters():
+        flat, count = weights.detach().flatten().double(), weights.numel()
         # Five standard errors of the mean, the variance and the fourth moment of N(0, 1).
         assert abs(flat.mean()) < 5 / math.sqrt(count)
         assert abs(flat.var() - 1) < 5 * math.sqrt(2 / count)
         assert abs(flat.pow(4).mean() - 3) < 5 * math.sqrt(96 / count)
 
 
-@pytest.mark.parametrize("width", [1, 10, 1023, 1024, 1025, 2500])
-def test_any_width_has_exactly_its_units(width: int) -> None:
-    cohort = drawn([0], width=width)
-    state = cohort.state()
-    assert state["hidden"].shape == (1, width, 5)
-    assert state["readout"].shape == (1, 3, width)
-    assert int((cohort.hidden[0] != 0).sum()) == width * 5
-    assert int((cohort.readout[0] != 0).sum()) == width * 3
+def test_large_members_are_drawn_in_pieces_that_every_gpu_fills_alike() -> None:
+    """No call of the generator fills more than 65,536 numbers, and no two pieces are alike."""
+    generator = torch.Generator().manual_seed(member_seed(7, 0))
+    weights = drawn([0], width=40_000).hidden[0].flatten()
+    pieces = [torch.empty(min(65_536, 200_000 - start)).normal_(generator=generator) for start in (0, 65_536, 131_072)]
+    assert torch.equal(weights[: 3 * 65_536], torch.cat(pieces)[: 3 * 65_536])
+    assert not torch.equal(pieces[0], pieces[1])
+
+
+def test_weights_of_double_precision_are_the_same_members() -> None:
+    single, double = (MLPStack(5, 3, 700, [4], seed=2, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    assert double.hidden.dtype == torch.float64
+    assert torch.equal(single.hidden.double(), double.hidden)
+    assert torch.equal(single.readout.double(), double.readout)
 
 
 @pytest.mark.parametrize("width", [2, 1024, 2500])
 def test_an_antisymmetric_network_starts_at_exactly_zero(width: int) -> None:
-    state = drawn([4], width=width, init="antisymmetric").state()
+    stack = drawn([4], width=width, init="antisymmetric")
     half = width // 2
-    assert torch.equal(state["hidden"][0, :half], state["hidden"][0, half:])
-    assert torch.equal(state["readout"][0, :, :half], -state["readout"][0, :, half:])
-    assert state["hidden"].unique().numel() > half  # drawn, not zero
+    assert torch.equal(stack.hidden[0, :half], stack.hidden[0, half:])
+    assert torch.equal(stack.readout[0, :, :half], -stack.readout[0, :, half:])
+    assert stack.hidden.unique().numel() > half  # drawn, not zero
+    # Sums of equal terms with opposite signs; the order of summation leaves rounding.
+    assert float(stack(torch.randn(4, 5)).detach().abs().max()) < 1e-5
 
 
 def test_the_network_is_its_formula() -> None:
-    network = TwoLayerMLP(5, 3, 8).double()
+    network = TwoLayerMLP(5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     inputs = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     hidden, readout = network.hidden.detach().tolist(), network.readout.detach().tolist()
     for row, output in zip(inputs.tolist(), network(inputs).tolist(), strict=True):
@@ -77,8 +87,67 @@ def test_the_network_is_its_formula() -> None:
             assert output[bit] == pytest.approx(total / math.sqrt(8), abs=1e-12)
 
 
-def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="--width 7.*even"):
-        drawn([0], width=7, init="antisymmetric")
-    with pytest.raises(ValueError, match="--width 0.*at least 1"):
-        drawn([0], width=0)
+def test_a_generator_makes_a_network_reproducible() -> None:
+    first, second = (TwoLayerMLP(5, 3, 8, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first.hidden, second.hidden)
+    assert torch.equal(first.readout, second.readout)
+
+
+def test_a_stack_has_pytorchs_layout_and_gives_out_its_members() -> None:
+    stack = drawn([3, 8, 5], width=64).double()
+    members = [stack.member(i) for i in range(3)]
+    state, _ = stack_module_state(members)
+    for name, value in stack.named_parameters():
+        assert torch.equal(state[name], value)
+    x = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(stack(x), torch.stack([member(x) for member in members]), rtol=0, atol=1e-13)
+    # A copy: training it changes nothing in the stack.
+    with torch.no_grad():
+        members[0].hidden.zero_()
+    assert stack.hidden[0].any()
+
+
+def test_initial_members_are_those_before_training() -> None:
+    stack = drawn([3, 8], width=64)
+    before = [stack.member(i) for i in range(2)]
+    with torch.no_grad():
+        stack.hidden.add_(1)
+        stack.readout.mul_(2)
+    for position, member in enumerate(before):
+        again = stack.initial(position)
+        assert torch.equal(again.hidden, member.hidden)
+        assert torch.equal(again.readout, member.readout)
+    stack.redraw(1)
+    assert torch.equal(stack.hidden[1], before[1].hidden)
+    assert not torch.equal(stack.hidden[0], before[0].hidden)
+
+
+def test_a_stack_is_a_module_like_any_other(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    stack = drawn([1, 2], width=32)
+    x = torch.randn(4, 5)
+    for same in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+        assert torch.equal(same(x), stack(x))
+    torch.save(stack.state_dict(), tmp_path / "weights.pt")
+    other = MLPStack(5, 3, 32, 2, draw=False)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(other(x), stack(x))
+    stack(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in stack.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"width": 7, "init": "antisymmetric"}, "width=7: expected an even number"),
+        ({"width": 0}, "width=0: expected an integer from 1"),
+        ({"init": "xavier"}, "init='xavier': expected one of gaussian, antisymmetric"),
+        ({"seed": -1}, "seed=-1"),
+        ({"members": []}, "at least one member"),
+        ({"members": [-1]}, "members=-1"),
+        ({"in_features": 0}, "in_features=0"),
+    ],
+)
+def test_bad_arguments_are_refused(unchecked: None, changes: dict[str, object], says: str) -> None:
+    arguments = {"in_features": 5, "out_features": 3, "width": 8, "members": 2, **changes}
+    with pytest.raises(ValueError, match=says):
+        MLPStack(**arguments)  # type: ignore[arg-type]

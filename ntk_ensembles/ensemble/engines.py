@@ -1,0 +1,265 @@
+"""Steps and predictions of a stack of members, in place on its own weights (docs/theory.md, section 8).
+
+`OneHotEngine` is the fast path for training inputs X = I_k, which templates are: there W1·X = W1, so the first
+layer costs no product, neither forwards nor backwards. `FunctionalEngine` serves any X, through `torch.func`.
+`make_engine` chooses from X. `predict` evaluates members at any inputs without recording gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import vjp, vmap
+from torch.nn import functional
+
+from ntk_ensembles.ensemble.network import MLPStack, forward_of
+from ntk_ensembles.ensemble.workers import map_members
+
+EngineChoice = Literal["auto", "functional"]
+"""``auto``: the one-hot engine where the training inputs are one-hot, `torch.func` otherwise. ``functional``:
+`torch.func` whatever they are, as a check."""
+
+ENGINES: tuple[EngineChoice, ...] = get_args(EngineChoice)
+
+_UNITS_AT_ONCE = 1024
+"""Hidden units of a slice: the slice of one member and what is computed from it fit a CPU core's cache."""
+
+_UNITS_TRANSPOSED = 128
+"""Hidden units whose input weights are transposed together, to be added up by columns."""
+
+_STATES_AT_ONCE = 1024
+_SUMS_AT_ONCE = 1 << 17
+"""Pre-activations that stay in a core's cache until they are multiplied with W2."""
+
+_SPARSE_SHARE = 0.25
+"""Inputs with at most this share of nonzeros are multiplied as sums of columns of W1."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Members and their training inputs as a function of cotangents, which is all that descent needs to see."""
+
+    def outputs(self) -> Float[Tensor, "members out_features inputs"]:
+        """Return f(X)ᵀ of every member."""
+        ...
+
+    def step(
+        self, cotangents: Float[Tensor, "members out_features inputs"]
+    ) -> Float[Tensor, "members out_features inputs"]:
+        """Change every member's weights by −Jᵀ·cotangent, in place, and return the new outputs."""
+        ...
+
+
+def make_engine(
+    hidden: Float[Tensor, "members width in_features"],
+    readout: Float[Tensor, "members out_features width"],
+    inputs: Float[Tensor, "inputs in_features"],
+    choice: EngineChoice = "auto",
+    *,
+    bfloat16: bool = False,
+) -> Engine:
+    """Return the engine for these training inputs.
+
+    Args:
+        hidden: W1 of the members, changed in place by steps.
+        readout: W2 of the members, likewise.
+        inputs: X, one training input a row, of the weights' type and device.
+        choice: "auto" takes the fast engine if X is the identity; "functional" never does.
+        bfloat16: Compute the products of a step's update in bfloat16. Weights, outputs and so residuals keep
+            their type: like iterative refinement, training corrects in its next step what the rounding of the
+            last one left.
+    """
+    if choice == "auto" and is_one_hot(inputs):
+        return OneHotEngine(hidden, readout, bfloat16=bfloat16)
+    return FunctionalEngine(hidden, readout, inputs, bfloat16=bfloat16)
+
+
+def is_one_hot(inputs: Float[Tensor, "inputs in_features"]) -> bool:
+    """Check whether training inputs are the identity matrix, X = I_k."""
+    size, features = inputs.shape
+    # Without an identity matrix to compare with, which would take as much memory again.
+    return size == features and bool((inputs.diagonal() == 1).all()) and int(inputs.count_nonzero()) == size
+
+
+class FunctionalEngine:
+    """Training on any inputs: `vmap` runs the network's definition over members, `vjp` pulls cotangents back.
+
+    The arguments are those of `make_engine`.
+    """
+
+    def __init__(self, hidden: Tensor, readout: Tensor, inputs: Tensor, *, bfloat16: bool = False) -> None:
+        self._weights = {"hidden": hidden, "readout": readout}
+        self._forward = forward_of(hidden, readout)
+        self._inputs = inputs
+        self._bfloat16 = bfloat16
+
+    def outputs(self) -> Float[Tensor, "members out_features inputs"]:
+        """Return f(X)ᵀ of every member."""
+        # The precision is this engine's own: an autocast of the caller would reach one thread of several.
+        with torch.autocast(self._inputs.device.type, enabled=False):
+            return vmap(self._forward, in_dims=(0, None))(self._weights, self._inputs).mT
+
+    def step(
+        self, cotangents: Float[Tensor, "members out_features inputs"]
+    ) -> Float[Tensor, "members out_features inputs"]:
+        """Change every member's weights by −Jᵀ·cotangent, in place, and return the new outputs."""
+
+        def gradients(weights: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+            outputs, *(pullback,) = vjp(lambda state: self._forward(state, self._inputs), weights)
+            (found,) = pullback(cotangent.to(outputs.dtype))
+            return dict(found)
+
+        with torch.autocast(self._inputs.device.type, torch.bfloat16, enabled=self._bfloat16):
+            changes = vmap(gradients)(self._weights, cotangents.mT)
+        for name, weights in self._weights.items():
+            weights.sub_(changes[name])
+        return self.outputs()
+
+
+class OneHotEngine:
+    """Training on X = I_k: three matrix products a step, slice by slice of hidden units.
+
+    One pass applies a step to a slice and at once adds up what the slice contributes to the new outputs, so the
+    weights travel through the cache once a step and no temporary is larger than a slice.
+
+    The arguments are those of `make_engine`.
+    """
+
+    def __init__(self, hidden: Tensor, readout: Tensor, *, bfloat16: bool = False) -> None:
+        self._hidden, self._readout = hidden, readout
+        self._bfloat16 = bfloat16
+        self._scale = 1 / math.sqrt(hidden.shape[1] * hidden.shape[2])
+
+    def outputs(self) -> Float[Tensor, "members out_features inputs"]:
+        """Return f(X)ᵀ of every member."""
+        return self._sweep(None)
+
+    def step(
+        self, cotangents: Float[Tensor, "members out_features inputs"]
+    ) -> Float[Tensor, "members out_features inputs"]:
+        """Change every member's weights by −Jᵀ·cotangent, in place, and return the new outputs."""
+        return self._sweep(cotangents * self._scale)
+
+    def _sweep(self, cotangents: Tensor | None) -> Tensor:
+        members, width, features = self._hidden.shape
+        totals = self._hidden.new_zeros(members, self._readout.shape[1], features)
+        # Buffers for relu(W1) and W2ᵀp of a slice.
+        buffers = self._hidden.new_empty(2, members, min(width, _UNITS_AT_ONCE), features)
+        with torch.autocast(totals.device.type, enabled=False):
+            for start in range(0, width, _UNITS_AT_ONCE):
+                units = slice(start, start + _UNITS_AT_ONCE)
+                hidden, readout = self._hidden[:, units], self._readout[:, :, units]
+                active, pulled = buffers[:, :, : hidden.shape[1]]
+                if cotangents is not None:
+                    self._update(hidden, readout, cotangents, active, pulled)
+                torch.clamp_min(hidden, 0, out=active)
+                totals.baddbmm_(readout, active)
+        return totals.mul_(self._scale)
+
+    def _update(self, hidden: Tensor, readout: Tensor, cotangents: Tensor, active: Tensor, pulled: Tensor) -> None:
+        """Apply a step to one slice: W1 −= (W2ᵀp)·relu'(W1), W2 −= p·relu(W1)ᵀ, both with the weights before it."""
+        torch.clamp_min(hidden, 0, out=active)
+        if self._bfloat16:
+            low = torch.bfloat16
+            active_low = active.to(low)
+            pulled.copy_(torch.bmm(readout.mT.to(low), cotangents.to(low)))
+            readout.sub_(torch.bmm(cotangents.to(low), active_low.mT))
+        else:
+            torch.bmm(readout.mT, cotangents, out=pulled)
+            readout.baddbmm_(cotangents, active.mT, alpha=-1)
+        # The gradient of relu, in one pass and in place: `pulled` where the unit is active, else 0. Measured on
+        # 805 x 1024 numbers 0.06 ms, against 0.6 ms for a product with a comparison.
+        torch.ops.aten.threshold_backward.grad_input(pulled, active, 0, grad_input=pulled)
+        hidden.sub_(pulled)
+
+
+@torch.no_grad()
+def predict(
+    stack: MLPStack, inputs: Float[Tensor, "inputs in_features"]
+) -> Float[Tensor, "members inputs out_features"]:
+    """Return every member's outputs at a batch of inputs, without recording gradients.
+
+    The same as ``stack(inputs)`` up to rounding, and faster where the inputs are mostly zeros, as encoded
+    states are. On a CPU each core evaluates members of its own.
+
+    Args:
+        stack: The members.
+        inputs: Inputs, the same for every member; they are converted to the weights' type and device.
+    """
+    inputs = inputs.to(stack.hidden)
+    device = inputs.device
+    outputs = inputs.new_empty(len(stack), len(inputs), stack.readout.shape[1])
+    chunks = [slice(start, start + _STATES_AT_ONCE) for start in range(0, len(inputs), _STATES_AT_ONCE)]
+    sparse = device.type == "cpu" and int(inputs.count_nonzero()) <= _SPARSE_SHARE * inputs.numel()
+    evaluate = [_SparseInputs(inputs[chunk]) if sparse else _DenseInputs(inputs[chunk]) for chunk in chunks]
+
+    def write(members: int | slice) -> None:
+        for chunk, outputs_of in zip(chunks, evaluate, strict=True):
+            with torch.autocast(device.type, enabled=False):
+                outputs[members, chunk] = outputs_of(stack.hidden[members], stack.readout[members])
+
+    parts: Sequence[int | slice] = range(len(stack)) if device.type == "cpu" else [slice(None)]
+    map_members(write, parts, device)
+    return outputs
+
+
+class _DenseInputs:
+    """Inputs without zeros to skip, for one member or, as matrix products of a batch, for several.
+
+    Args:
+        inputs: The inputs.
+    """
+
+    def __init__(self, inputs: Float[Tensor, "inputs in_features"]) -> None:
+        self._inputs = inputs
+
+    def __call__(
+        self, hidden: Float[Tensor, "*members width in_features"], readout: Float[Tensor, "*members out_features width"]
+    ) -> Float[Tensor, "*members inputs out_features"]:
+        """Return the outputs of the members with these weights, slice by slice of hidden units."""
+        width, features = hidden.shape[-2:]
+        totals = hidden.new_zeros(*hidden.shape[:-2], len(self._inputs), readout.shape[-2])
+        for start in range(0, width, _UNITS_AT_ONCE):
+            units = slice(start, start + _UNITS_AT_ONCE)
+            totals += (self._inputs @ hidden[..., units, :].mT).relu_() @ readout[..., units].mT
+        return totals.mul_(1 / math.sqrt(width * features))
+
+
+class _SparseInputs:
+    """Inputs that are mostly 0: the pre-activations are sums of a few columns of W1, which beats a product.
+
+    Args:
+        inputs: The inputs, on a CPU.
+    """
+
+    def __init__(self, inputs: Float[Tensor, "inputs in_features"]) -> None:
+        self._count = len(inputs)
+        rows, self._columns = inputs.nonzero(as_tuple=True)
+        self._offsets = functional.pad(rows.bincount(minlength=self._count).cumsum(0), (1, 0))[:-1]
+        self._values = inputs[rows, self._columns]
+
+    def __call__(
+        self, hidden: Float[Tensor, "width in_features"], readout: Float[Tensor, "out_features width"]
+    ) -> Float[Tensor, "inputs out_features"]:
+        """Return the outputs of the member with these weights."""
+        width, features = hidden.shape
+        totals = hidden.new_zeros(self._count, len(readout))
+        by_column = hidden.mT
+        stored_by_column = by_column.is_contiguous()
+        units = max(_SUMS_AT_ONCE // max(self._count, 1), _UNITS_TRANSPOSED) if stored_by_column else _UNITS_TRANSPOSED
+        for start in range(0, width, units):
+            columns = by_column[:, start : start + units]
+            sums = functional.embedding_bag(
+                self._columns,
+                columns if stored_by_column else columns.contiguous(),
+                self._offsets,
+                mode="sum",
+                per_sample_weights=self._values,
+            )
+            totals.addmm_(sums.relu_(), readout[:, start : start + units].mT)
+        return totals.mul_(1 / math.sqrt(width * features))
