@@ -49,11 +49,11 @@ class Progress:
     def __init__(
         self,
         label: str,
-        total: float | None,
+        total: int | float | None,
         console: Console,
         *,
-        describe: Callable[[float], str] | None = None,
-        completed: float = 0.0,
+        describe: Callable[[int | float], str] | None = None,
+        completed: int | float = 0,
         last_line: bool = False,
     ) -> None:
         self.total = total
@@ -93,7 +93,7 @@ class Progress:
         elif self._line_is_due_at_the_end and self.completed > self._completed_before:
             self._print_line()
 
-    def update(self, completed: float, note: str = "") -> None:
+    def update(self, completed: int | float, note: str = "") -> None:
         """Show that an amount of the work is done.
 
         Args:
@@ -111,7 +111,7 @@ class Progress:
             # Who has read that it goes on wants to read that it has ended.
             self._line_is_due_at_the_end = True
 
-    def advance(self, amount: float = 1.0, note: str | None = None) -> None:
+    def advance(self, amount: int | float = 1, note: str | None = None) -> None:
         """Show that more of the work is done.
 
         Args:
@@ -132,5 +132,5 @@ class Progress:
             parts.append(self._note)
         self._console.print(Text(", ".join(parts)), soft_wrap=True)
 
-    def _percentage(self, completed: float) -> str:
+    def _percentage(self, completed: int | float) -> str:
         return f"{min(completed / self.total, 1):.0%}" if self.total else ""

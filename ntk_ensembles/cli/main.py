@@ -162,8 +162,9 @@ def error_text(error: Exception) -> str:
     """Return the message of an error in the words of the command line, where an argument is a flag."""
     if not isinstance(error, OptionError):
         return str(error)
-    value = "none" if error.value is None else str(error.value)
-    return f"--{error.argument.replace('_', '-')} {value or repr(value)}: expected {error.expected}"
+    value = ("none" if error.value is None else str(error.value)) or "''"
+    echo = value if len(value) <= _ECHO_MAX else f"{value[:_ECHO_MAX]}…"
+    return f"--{error.argument.replace('_', '-')} {echo}: expected {error.expected}"
 
 
 def _print_error(prog: str, message: str) -> None:

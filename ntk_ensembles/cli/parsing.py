@@ -9,7 +9,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +110,7 @@ class Parser(ArgumentParser):
             exit_on_error=False,
             version=ntk_ensembles.__version__,
         )
-
-    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-        """Add an argument whose flag can be written with dashes and with underscores."""
-        both = [spelling for name in names for spelling in (name.replace("_", "-"), name)]
-        action: argparse.Action = super().add_argument(*dict.fromkeys(both), **settings)
-        return action
+        self._readers: dict[str, _Reader] = {}
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Return the help, with flags in the spelling with dashes alone."""
@@ -136,14 +131,33 @@ class Parser(ArgumentParser):
         for name, parameter in inspect.signature(source).parameters.items():
             default = defaults.get(name, parameter.default)
             annotation = hints.get(name, Any)
+            reader = _Reader.of(name, annotation)
             settings: dict[str, Any] = {"help": helps.get(name)}
             if annotation is bool and default is False:
                 settings["action"] = "store_true"
             else:
-                reader = _Reader.of(name, annotation)
                 settings |= {"type": annotation} if reader is None else {"type": reader, "metavar": reader.metavar}
                 settings |= {"required": True} if default is inspect.Parameter.empty else {"default": default}
-            group.add_argument(f"--{name}", **settings)
+            # The package's options are written either way; in a file they are Python's names.
+            group.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), **settings)
+            if reader is not None:
+                self._readers[name] = reader
+
+    def check(self, config: Mapping[str, object]) -> None:
+        """Check the values of a config file, of which jsonargparse takes null for any flag and anything for a switch.
+
+        Args:
+            config: Values by the name of the argument.
+
+        Raises:
+            OptionError: An option has a value of another kind than it takes.
+        """
+        try:
+            for name, value in config.items():
+                if reader := self._readers.get(name.replace("-", "_")):
+                    reader(value)
+        except _ValueOfAnotherKind as error:
+            raise error.error from None
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Return the value of every argument by its name with underscores.
@@ -238,6 +252,7 @@ def parse_choice(
         for name in config:
             if name.replace("-", "_") not in {"task", *own, *shared}:
                 raise ValueError(f"{path}: there is no option {name}{suggestion(name, {'task', *own, *shared})}")
+        parser.check(config)
     values = parser.parse(arguments)
     with _code_of(word):
         made = chosen(**{name: values[name] for name in own})
@@ -294,19 +309,26 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: is larger than {_CONFIG_BYTES_MAX // 1024} KiB; expected a file of options")
     try:
         text = content.decode("utf-8")
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _CONFIG_DEPTH_MAX:
-                raise ValueError(f"{path}: is nested too deeply; expected options by name")
-            if getattr(event, "anchor", None) or getattr(event, "tag", None):
-                raise ValueError(f"{path}: uses YAML anchors, aliases or tags; expected plain values")
+        if refusal := _refusal(yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError(refusal)
         loaded = yaml.safe_load(text)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: is no YAML: {error}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
-        raise ValueError(f"{path}: expected options by name, such as 'width: 1024'")
+        if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+            raise ValueError("expected options by name, such as 'width: 1024'")
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be used: {error}") from None
     return loaded
+
+
+def _refusal(events: Iterable[yaml.Event]) -> str | None:
+    """Return what the parts of a YAML document have that options need not, or None."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _CONFIG_DEPTH_MAX:
+            return "is nested too deeply; expected options by name"
+        if getattr(event, "anchor", None) or getattr(event, "tag", None):
+            return "has YAML anchors, aliases or tags; expected plain values"
+    return None
 
 
 @contextmanager
@@ -331,7 +353,7 @@ class _ValueOfAnotherKind(Exception):
         self.error = error
 
 
-_EXPECTED: dict[Any, str] = {int: "an integer", float: "a number", str: "text"}
+_EXPECTED: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 """Annotations of values that `_Reader` reads, with what it expects."""
 
 
@@ -342,7 +364,7 @@ class _Reader:
 
     Args:
         name: Name of the argument.
-        kind: ``int``, ``float`` or ``str``.
+        kind: ``int``, ``float``, ``str`` or ``bool``.
         choices: Words that are accepted; none where any value is.
         optional: Whether None is accepted too.
     """
@@ -369,16 +391,25 @@ class _Reader:
         """Return the value, converted."""
         if value is None and self._optional:
             return None
-        try:
-            # A bool is an integer to Python, and int() would cut 3.5 to 3.
-            if isinstance(value, bool) or not isinstance(value, (str, int, self._kind)):
-                raise TypeError
-            converted = self._kind(value)
-        except (TypeError, ValueError, OverflowError):
-            raise _ValueOfAnotherKind(OptionError(self._name, value, self._expected)) from None
+        converted = self._convert(value)
+        if converted is None:
+            raise _ValueOfAnotherKind(OptionError(self._name, value, self._expected))
         if self._choices and converted not in self._choices:
-            expected = f"{self._expected}{suggestion(converted, self._choices)}"
+            expected = f"{self._expected}{suggestion(str(converted), self._choices)}"
             raise _ValueOfAnotherKind(OptionError(self._name, value, expected))
+        return converted
+
+    def _convert(self, value: object) -> object | None:
+        """Return the value as one of this kind, or None where it is of another."""
+        if self._kind is bool:
+            return {"True": True, "true": True, "False": False, "false": False}.get(str(value))
+        # A bool is an integer to Python, and int() would cut 3.5 to 3.
+        if isinstance(value, bool) or not isinstance(value, (str, int, self._kind)):
+            return None
+        try:
+            converted: object = self._kind(value)
+        except (ValueError, OverflowError):
+            return None
         return converted
 
     def __repr__(self) -> str:

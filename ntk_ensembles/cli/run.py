@@ -177,7 +177,8 @@ def _check_together(options: ExecutionOptions, names: Sequence[str], settings: S
     if options.batch is not None and (names or settings):
         raise ValueError("--batch has programs of its own; expected neither PROGRAM nor --set beside it")
     if options.batch is None and not names:
-        raise ValueError("expected a PROGRAM, a file or a name of the library, or --batch FILE")
+        where = " before --set" if settings else ""
+        raise ValueError(f"expected a PROGRAM{where}, a file or a name of the library, or --batch FILE")
     alone = [*options.records, *(["watch"] if options.watch else [])]
     if alone and (options.batch is not None or len(names) > 1):
         raise ValueError(f"--{alone[0]} shows one program; expected a single PROGRAM")
