@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from ntk_ensembles.cli.main import command
-from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, parse_task
+from ntk_ensembles.cli.options import DecoderOptions, EvaluationOptions, OutputOptions
+from ntk_ensembles.cli.parsing import parse_task
 from ntk_ensembles.console import console
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.tasks import EvaluationSet, Task

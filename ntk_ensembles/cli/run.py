@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ntk_ensembles.cli.main import command, suggestion
-from ntk_ensembles.cli.parsing import OutputOptions, Parser
+from ntk_ensembles.cli.options import OutputOptions
+from ntk_ensembles.cli.parsing import Parser
 from ntk_ensembles.console import Progress, console
 from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.files import write_atomically

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ntk_ensembles.cli.main import command
-from ntk_ensembles.cli.parsing import first_look, parse_task, read_config
+from ntk_ensembles.cli.parsing import first_look, parse_task
 from ntk_ensembles.console import console
+from ntk_ensembles.files import read_options
 from ntk_ensembles.training.options import RunOptions
 from ntk_ensembles.training.run import train
 from ntk_ensembles.training.store import RunStore, StoreError
@@ -43,7 +44,7 @@ def _with_saved_options(arguments: Sequence[str]) -> list[str]:
     # Says what is wrong with a directory that is no run.
     RunStore.open(directory)
     config = directory / "config.yaml"
-    saved = read_config(config).get("task")
+    saved = read_options(config).get("task")
     if saved is None:
         raise StoreError(f"{config}: is damaged; expected the options of the run")
     if asked.task not in (None, saved):

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_ensembles.cli.main import command
-from ntk_ensembles.cli.parsing import DecoderOptions, OutputOptions, parse_choice
+from ntk_ensembles.cli.options import DecoderOptions, OutputOptions
+from ntk_ensembles.cli.parsing import parse_task
 from ntk_ensembles.console import Progress, console
 from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.sbn import Branch
@@ -215,14 +216,7 @@ class _Checked:
 @command("ntk-ensembles validate")
 def validate_command(arguments: list[str], prog: str) -> int:
     """Validate and print a table; exit status 0 if nothing fails, 1 if something does, 2 for bad input."""
-    validation, options, values = parse_choice(
-        arguments,
-        prog,
-        _DESCRIPTION,
-        _find,
-        list(VALIDATIONS),
-        ValidateOptions,
-    )
+    validation, options, values = parse_task(arguments, prog, _DESCRIPTION, ValidateOptions, _find, list(VALIDATIONS))
     started_at = time.monotonic()
     with Progress(values["task"], validation.work(), console(stderr=True)) as progress:
         rows = validation.rows(options.decoders, progress.advance)
