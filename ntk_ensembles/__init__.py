@@ -59,18 +59,20 @@ _MODULE_OF = {
 A type checker reads the imports above instead; a test compares the two.
 """
 
-__all__ = list(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    """Return a public name, importing its module: Lightning alone takes seconds, and most commands do without it."""
-    if name == "__version__":
-        return metadata.version("ntk-ensembles")
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"ntk_ensembles.{_MODULE_OF[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 def __dir__() -> list[str]:
     """Return the public names, for completion."""
     return [*_MODULE_OF, "__version__"]
+
+
+if not TYPE_CHECKING:
+    # To a type checker these would hide the names above, and that another name is wrong.
+    __all__ = list(_MODULE_OF)
+
+    def __getattr__(name: str) -> Any:
+        """Import what a public name needs when it is asked for: Lightning takes seconds that most commands save."""
+        if name == "__version__":
+            return metadata.version("ntk-ensembles")
+        if name in _MODULE_OF:
+            return getattr(importlib.import_module(f"ntk_ensembles.{_MODULE_OF[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
