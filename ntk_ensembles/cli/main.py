@@ -160,6 +160,8 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 def error_text(error: Exception) -> str:
     """Return the message of an error in the words of the command line, where an argument is a flag."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
     if not isinstance(error, OptionError):
         return str(error)
     value = ("none" if error.value is None else str(error.value)) or "''"
@@ -180,6 +182,8 @@ def _sigterm_as_interrupt() -> Iterator[list[int]]:
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        # Whoever sends it again must not interrupt what saves the work.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         received.append(number)
         raise KeyboardInterrupt
 

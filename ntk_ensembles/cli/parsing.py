@@ -281,5 +281,5 @@ def _documentation(source: type[Any]) -> tuple[str, dict[str, str]]:
     for part in reversed(inspect.getmro(source)):
         if part is source or dataclasses.is_dataclass(part):
             entries = docstring_parser.parse_from_object(part).params
-            helps |= {entry.arg_name: (entry.description or "").replace("%", "%%") for entry in entries}
+            helps |= {entry.arg_name: entry.description or "" for entry in entries}
     return (inspect.getdoc(source) or source.__name__).partition("\n")[0].rstrip("."), helps
