@@ -43,9 +43,9 @@ class Parser(ArgumentParser):
         )
         self._readers: dict[str, _Reader] = {}
 
-    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+    def format_help(self, *arguments: Any, **settings: Any) -> str:
         """Return the help, with flags in the spelling with dashes alone."""
-        text: str = super().format_help(formatter)
+        text: str = super().format_help(*arguments, **settings)
         return re.sub(r", --\w*_\w*( \S+)?$", "", text, flags=re.MULTILINE)
 
     def add_options(self, source: type[Any], **defaults: Any) -> None:
