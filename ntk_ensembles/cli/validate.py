@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ntk_ensembles.cli.parsing import parse_choice
-from ntk_ensembles.cli.progress import WorkProgress
-from ntk_ensembles.cli.terminal import command, console
+from ntk_ensembles.cli.main import command
+from ntk_ensembles.cli.options import DecoderOptions, OutputOptions
+from ntk_ensembles.cli.parsing import parse_task
+from ntk_ensembles.console import Progress, console
+from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.sbn import Branch
-from ntk_ensembles.tasks import SBN, Addition, Multiplication, Permutation, TemplateSet, check_range
+from ntk_ensembles.tasks import SBN, Addition, Multiplication, Permutation, TemplateSet
 from ntk_ensembles.tasks.extremes import MatchExtremes
-from ntk_ensembles.theory import DECODERS, TIE, Decoder, TemplatePredictor, sign_padding
+from ntk_ensembles.theory import TIE, Decoder, TemplatePredictor, sign_padding
 from ntk_ensembles.theory.execution import NTKExecutor
 from ntk_ensembles.validation import Inputs, Tally, validate_computer, validate_inputs
 
@@ -35,19 +36,8 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class ValidateOptions:
-    """By which decoder, and how to tell."""
-
-    decode: Literal["midpoint", "sign", "both"] = "both"
-    """Decoding rule; sign gets the zero-label padding that makes it exact for all states."""
-
-    json: bool = False
-    """Print one JSON object instead of a table."""
-
-    @property
-    def decoders(self) -> tuple[Decoder, ...]:
-        """Those asked for."""
-        return DECODERS if self.decode == "both" else (self.decode,)
+class ValidateOptions(OutputOptions, DecoderOptions):
+    """Options of a validation."""
 
 
 class Validation(ABC):
@@ -226,16 +216,9 @@ class _Checked:
 @command("ntk-ensembles validate")
 def validate_command(arguments: list[str], prog: str) -> int:
     """Validate and print a table; exit status 0 if nothing fails, 1 if something does, 2 for bad input."""
-    validation, options, values = parse_choice(
-        arguments,
-        prog,
-        _DESCRIPTION,
-        _find,
-        list(VALIDATIONS),
-        ValidateOptions,
-    )
+    validation, options, values = parse_task(arguments, prog, _DESCRIPTION, ValidateOptions, _find, list(VALIDATIONS))
     started_at = time.monotonic()
-    with WorkProgress(values["task"], validation.work(), console(stderr=True)) as progress:
+    with Progress(values["task"], validation.work(), console(stderr=True)) as progress:
         rows = validation.rows(options.decoders, progress.advance)
     results = {
         "task": {key: value for key, value in values.items() if key not in ("decode", "json")},
@@ -243,16 +226,13 @@ def validate_command(arguments: list[str], prog: str) -> int:
         "failures": sum(tally["failures"] for row in rows for tally in row["tallies"].values()),
         "seconds": time.monotonic() - started_at,
     }
-    if options.json:
-        print(json.dumps(results, allow_nan=False))
-    else:
-        _show(validation, results, console())
+    options.show(results, lambda out: _show(validation, results, out))
     return 1 if results["failures"] else 0
 
 
 def _find(word: str) -> type[Validation]:
     if word not in VALIDATIONS:
-        raise ValueError(f"--task {word}: expected one of {', '.join(VALIDATIONS)}")
+        raise OptionError("task", word, f"one of {', '.join(VALIDATIONS)}")
     return VALIDATIONS[word]
 
 

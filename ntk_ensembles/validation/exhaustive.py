@@ -180,9 +180,9 @@ class _ExhaustiveRun:
             for row, executor in enumerate(self._executors):
                 self.tallies[row] = self.tallies[row].with_margins(executor, counts, lanes)
                 failed[row] |= executor.decode_planes(counts)[1] & active
-            successors = self._planes.union(counts)
-            active = active & np.bitwise_or.reduce(successors ^ planes, axis=0)
-            planes = successors
+            next_states = self._planes.union(counts)
+            active = active & np.bitwise_or.reduce(next_states ^ planes, axis=0)
+            planes = next_states
         wrong = self._wrong(planes, numbers) & to_mask(valid)
         for row, executor in enumerate(self._executors):
             failures = np.flatnonzero(to_mask(failed[row]) | wrong)

@@ -62,7 +62,7 @@ def wrong_bit(
     """Where the closed loop from a state first leaves the OR-machine; None if it does not."""
     state = start[None]
     for number in range(1, micro_steps + 1):
-        decoded, expected = executor.step(state).successors, templates.micro_step(state)
+        decoded, expected = executor.step(state).next_states, templates.micro_step(state)
         if (wrong := (decoded != expected)[0].nonzero()).numel():
             bit = int(wrong[0])
             return (
