@@ -52,7 +52,7 @@ class Rule110(Task[tuple[int, int], int]):
         self.layout = StateLayout(ring=cells)
 
     # What the networks are trained on. A template: if these bits are 1 and those 0, set these.
-    def rules(self) -> Iterator[Template]:
+    def make_templates(self) -> Iterator[Template]:
         """Five templates a cell, one for each neighbourhood that makes it alive."""
         ring = self.layout["ring"]
         for cell in range(self.cells):
@@ -73,30 +73,30 @@ class Rule110(Task[tuple[int, int], int]):
         while True:
             yield generator.getrandbits(self.cells), self.generations
 
-    def fields(self, value: tuple[int, int]) -> dict[str, int]:
+    def initial_fields(self, task_input: tuple[int, int]) -> dict[str, int]:
         """The first generation."""
-        return {"ring": value[0]}
+        return {"ring": task_input[0]}
 
-    def output(self, fields: dict[str, int]) -> int:
+    def read_output(self, fields: dict[str, int]) -> int:
         """The last generation."""
         return fields["ring"]
 
     # The meaning in plain integers, never by templates. Every evaluation input is checked against it before
     # training, so a wrong template is found at once. Bit 0 is the leftmost cell, so left neighbours come
     # from a shift up.
-    def reference(self, value: tuple[int, int]) -> int:
+    def reference(self, task_input: tuple[int, int]) -> int:
         """The last generation: a cell lives if it differs from its right neighbour, or lives and its left does not."""
         full = (1 << self.cells) - 1
-        ring, generations = value
+        ring, generations = task_input
         for _ in range(generations):
             left = (ring << 1 | ring >> (self.cells - 1)) & full
             right = (ring >> 1 | ring << (self.cells - 1)) & full
             ring = (ring ^ right) | (ring & ~left & full)
         return ring
 
-    def micro_steps(self, value: tuple[int, int]) -> int:
+    def num_micro_steps(self, task_input: tuple[int, int]) -> int:
         """One a generation."""
-        return value[1]
+        return task_input[1]
 
 
 def space_time(run: Path, generations: int) -> torch.Tensor:
@@ -107,7 +107,7 @@ def space_time(run: Path, generations: int) -> torch.Tensor:
     state = ensemble.task.layout.pack({"ring": 1 << (ensemble.task.layout.bits - 1)})[None]
     rows = [state]
     for _ in range(generations):
-        rows.append(ensemble.step(rows[-1]).successors)
+        rows.append(ensemble.step(rows[-1]).states)
     return torch.cat(rows)
 
 

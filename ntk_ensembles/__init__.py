@@ -3,9 +3,9 @@
 Implements and extends Back de Luca, Giapitzakis, Fountoulakis, "Learning to Add, Multiply, and Execute
 Algorithmic Instructions Exactly with Neural Networks" (arXiv:2502.16763).
 
-`tasks` give templates, templates are the training set, `theory` gives the mean and variance of what is
-learned, `ensemble` trains members that approach them, `training` runs and measures whole ensembles, `reuse` takes
-them from their run directories, `sbn` is the one-instruction computer, `validation` tries every input.
+`templates` are if-then rows, `tasks` are algorithms made of them and the training set, `theory` gives the mean and
+variance of what is learned, `ensemble` trains members that approach them, `training` runs and measures whole ensembles,
+`reuse` takes them from their run directories, `computer` is the one-instruction computer.
 """
 
 import importlib
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ntk_ensembles.ensemble import Cohort, Recipe, TwoLayerMLP, train_cohort
     from ntk_ensembles.reuse import Ensemble
-    from ntk_ensembles.tasks import SBN, TASKS, Addition, EvaluationSet, Multiplication, Permutation, Task
-    from ntk_ensembles.theory import TemplatePredictor
-    from ntk_ensembles.training import EnsembleModule, RunOptions, Theory, convergence, train
+    from ntk_ensembles.tasks import SBN, TASKS, Addition, EvaluationSet, Machine, Multiplication, Permutation, Task
+    from ntk_ensembles.templates import StateLayout, Template, TemplateSet
+    from ntk_ensembles.theory import LimitPrediction, NTKExecutor, TemplatePredictor, rollout
+    from ntk_ensembles.training import EnsembleModule, RunOptions, convergence, train
 
 __all__ = [
     "SBN",
@@ -26,27 +27,38 @@ __all__ = [
     "Ensemble",
     "EnsembleModule",
     "EvaluationSet",
+    "LimitPrediction",
+    "Machine",
     "Multiplication",
+    "NTKExecutor",
     "Permutation",
     "Recipe",
     "RunOptions",
+    "StateLayout",
     "Task",
+    "Template",
     "TemplatePredictor",
-    "Theory",
+    "TemplateSet",
     "TwoLayerMLP",
     "convergence",
+    "rollout",
     "train",
     "train_cohort",
 ]
 
-_PARTS = ("tasks", "theory", "ensemble", "reuse", "training")
+_FOLDERS = {
+    "templates": ("StateLayout", "Template", "TemplateSet"),
+    "tasks": ("SBN", "TASKS", "Addition", "EvaluationSet", "Machine", "Multiplication", "Permutation", "Task"),
+    "theory": ("LimitPrediction", "NTKExecutor", "TemplatePredictor", "rollout"),
+    "ensemble": ("Cohort", "Recipe", "TwoLayerMLP", "train_cohort"),
+    "reuse": ("Ensemble",),
+    "training": ("EnsembleModule", "RunOptions", "convergence", "train"),
+}
+_FOLDER_OF = {name: folder for folder, names in _FOLDERS.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is: Lightning alone takes seconds, and most commands do without it."""
-    if name in __all__:
-        for part in _PARTS:
-            module = importlib.import_module(f"ntk_ensembles.{part}")
-            if hasattr(module, name):
-                return getattr(module, name)
+    """Import a public name on first use: Lightning alone takes seconds, and most commands do without it."""
+    if name in _FOLDER_OF:
+        return getattr(importlib.import_module(f"ntk_ensembles.{_FOLDER_OF[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,9 +14,9 @@ from torch import Tensor
 from ntk_ensembles.ensemble import Members, choose_cohort
 from ntk_ensembles.ensemble.cohort_training import free_memory
 from ntk_ensembles.tasks import Task
-from ntk_ensembles.tasks.lists import TemplateLists
-from ntk_ensembles.theory import Decoder, decode, margins, thresholds
-from ntk_ensembles.theory.execution import RunResult, StepResult
+from ntk_ensembles.templates import SparseMatcher
+from ntk_ensembles.theory import Decoder, Rollout, Step, TensorStepper, rollout
+from ntk_ensembles.theory.executor import decoded_step
 from ntk_ensembles.training import Run, StoreError
 
 _STATES_AT_ONCE = 1024
@@ -37,7 +37,7 @@ class _Part:
     make: Callable[[], Members]
 
 
-class Ensemble:
+class Ensemble(TensorStepper):
     """The mean over a run's converged members.
 
     Members come from kept weights or, where these were not kept, are redrawn and retrained from their seeds, to the
@@ -55,7 +55,7 @@ class Ensemble:
         self._parts = parts
         self._predictor = origin.theory.predictor
         # A matrix product waits for all cores; where other programs run, that outlasts a step of a few states.
-        self._lists = TemplateLists(origin.task.templates)
+        self._lists = SparseMatcher(origin.task.templates)
         fits = len(self.members) * origin.recipe.member_bytes <= memory
         self._resident = [part.make() for part in parts] if fits else None
 
@@ -172,47 +172,27 @@ class Ensemble:
                 total[rows] += output
         return total / len(self.members)
 
-    def step(self, states: Bool[Tensor, "states bits"], decoder: Decoder = "midpoint") -> StepResult:
-        """One micro-step of every state: the decoded mean.
+    def step(self, batch: Bool[Tensor, "states bits"], decoder: Decoder = "midpoint") -> Step[Tensor]:
+        """Predict, decode and compare one micro-step of every state.
 
         Args:
-            states: where from.
-            decoder: how the mean is read.
+            batch: States to predict from.
+            decoder: How the mean is turned into bits.
 
         Raises:
-            ValueError: an unknown decoder, or states of another number of bits.
+            ValueError: The decoder is unknown, or states have another number of bits.
         """
-        mean = self.predict(states)
-        matched, setting = map(torch.from_numpy, self._lists.counts(states.numpy()))
-        levels = thresholds(decoder, self._predictor, matched)
-        truth = setting > 0
-        decoded = decode(mean, levels)
-        smallest = margins(mean, levels, truth).min(1).values.masked_fill(matched == 0, torch.inf)
-        return StepResult(decoded, smallest, (decoded == truth).all(1))
+        mean = self.predict(batch)
+        num_matches, set_counts = map(torch.from_numpy, self._lists.match_and_count(batch.numpy()))
+        return decoded_step(batch, mean, decoder, self._predictor, num_matches, set_counts)
 
-    def run(self, states: Bool[Tensor, "states bits"], micro_steps: int, decoder: Decoder = "midpoint") -> RunResult:
-        """A closed loop of so many micro-steps: each decoded mean is the next state.
+    def rollout(self, states: Bool[Tensor, "states bits"], micro_steps: int, decoder: Decoder = "midpoint") -> Rollout:
+        """Run a closed loop: each decoded mean is the next state.
 
         Raises:
-            ValueError: a negative number of micro-steps, an unknown decoder, or states of another number of bits.
+            ValueError: ``micro_steps`` is negative, the decoder is unknown, or states have another number of bits.
         """
-        if micro_steps < 0:
-            raise ValueError(f"{micro_steps} micro-steps: expected at least 0")
-        smallest = torch.full((len(states),), torch.inf, dtype=torch.float64)
-        agreed = torch.ones(len(states), dtype=torch.bool)
-        current = states.clone()
-        moving = torch.arange(len(states))
-        for _ in range(micro_steps):
-            if not len(moving):
-                break
-            step = self.step(current[moving], decoder)
-            smallest[moving] = torch.minimum(smallest[moving], step.margins)
-            agreed[moving] &= step.agreed
-            changed = (step.successors != current[moving]).any(1)
-            current[moving] = step.successors
-            # A fixed point stays one.
-            moving = moving[changed]
-        return RunResult(current, smallest, agreed)
+        return rollout(_Decoding(self, decoder), states, micro_steps)
 
     def execute(self, inputs: Sequence[Any], decoder: Decoder = "midpoint") -> list[Any]:
         """The ensemble's outputs for inputs of the task, such as pairs of numbers for addition.
@@ -222,15 +202,26 @@ class Ensemble:
         """
         if not inputs:
             return []
-        states = torch.stack([self.task.layout.pack(self.task.fields(value)) for value in inputs])
-        micro_steps = [self.task.micro_steps(value) for value in inputs]
+        states = torch.stack([self.task.initial_state(value) for value in inputs])
+        micro_steps = [self.task.num_micro_steps(value) for value in inputs]
         results: list[Any] = [None] * len(inputs)
         for steps in sorted(set(micro_steps)):
             rows = [row for row, own in enumerate(micro_steps) if own == steps]
-            finals = self.run(states[rows], steps, decoder).states
+            finals = self.rollout(states[rows], steps, decoder).states
             for row, final in zip(rows, finals, strict=True):
-                results[row] = self.task.output(self.task.layout.unpack(final))
+                results[row] = self.task.result(final)
         return results
+
+
+class _Decoding(TensorStepper):
+    """An ensemble with a decoder."""
+
+    def __init__(self, ensemble: Ensemble, decoder: Decoder) -> None:
+        self._ensemble, self._decoder = ensemble, decoder
+
+    def step(self, batch: Bool[Tensor, "states bits"]) -> Step[Tensor]:
+        """Predict, decode and compare one micro-step of every state."""
+        return self._ensemble.step(batch, self._decoder)
 
 
 def converged_members(run: Run, count: int | None = None) -> list[int]:

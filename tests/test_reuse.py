@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ntk_ensembles import SBN, Addition, Ensemble, EvaluationSet, Permutation, RunOptions, TwoLayerMLP, train
 from ntk_ensembles.tasks import Program
-from ntk_ensembles.theory.execution import NTKExecutor
+from ntk_ensembles.theory.executor import NTKExecutor
 from ntk_ensembles.training import Run, StoreError
 from ntk_ensembles.training.merge import merge
 from ntk_ensembles.training.store import RunStore
@@ -106,7 +106,7 @@ def test_a_step_tells_margins_and_agreement(added: Path) -> None:
     evaluation = EvaluationSet.sample(task, 100, 5)
     zero = torch.zeros(1, task.layout.bits, dtype=torch.bool)
     step = ensemble.step(torch.cat([evaluation.states, zero]))
-    assert torch.equal(step.successors[:-1], evaluation.successors)
+    assert torch.equal(step.states[:-1], evaluation.next_states)
     assert step.agreed.all()
     assert step.margins[-1] == torch.inf
     # The limit's margins, give or take the spread of eight members of width 600.
@@ -116,7 +116,7 @@ def test_a_step_tells_margins_and_agreement(added: Path) -> None:
     assert torch.equal(step.margins[:-1].isfinite(), some)
     assert float((step.margins[:-1] - limit.margins)[some].abs().max()) < 0.1
     one = Ensemble.load(added, members=1).step(evaluation.states, "sign")
-    wrong = (one.successors != evaluation.successors).any(1)
+    wrong = (one.states != evaluation.next_states).any(1)
     assert wrong.any()
     assert torch.equal(one.agreed, ~wrong)
     assert torch.equal(one.margins < 0, wrong)

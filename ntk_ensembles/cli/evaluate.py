@@ -14,11 +14,12 @@ from torch import Tensor
 from ntk_ensembles.cli.parsing import OneLineParser
 from ntk_ensembles.cli.progress import WorkProgress
 from ntk_ensembles.cli.terminal import command, console
+from ntk_ensembles.errors import check_range
 from ntk_ensembles.files import write_atomically
 from ntk_ensembles.reuse import Ensemble, without_weights
-from ntk_ensembles.tasks import EvaluationSet, check_range
-from ntk_ensembles.theory import DECODERS, Decoder
-from ntk_ensembles.training import Records, Run, Theory, convergence
+from ntk_ensembles.tasks import EvaluationSet
+from ntk_ensembles.theory import DECODERS, Decoder, LimitPrediction
+from ntk_ensembles.training import Records, Run, convergence
 from ntk_ensembles.training.report import show_rows
 
 _DESCRIPTION = (
@@ -54,7 +55,9 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
     if (states, seed) == (run.options.evaluation_states, run.options.evaluation_seed):
         theory, deviations = run.theory, records.deviations[records.converged]
     else:
-        theory = Theory(run.task, EvaluationSet.sample(run.task, states, seed), run.options.init)
+        theory = LimitPrediction(
+            run.task, EvaluationSet.sample(run.task, states, seed), run.options.init == "antisymmetric"
+        )
         deviations = _deviations(run, records, theory, talk)
     rows = [asdict(row) for row in convergence(theory, deviations, sizes)]
     found = {"run": options.run, "evaluation_states": len(theory.evaluation), "evaluation_seed": seed}
@@ -89,7 +92,9 @@ def _sizes(given: str | None, members: int) -> list[int] | None:
     return sizes
 
 
-def _deviations(run: Run, records: Records, theory: Theory, talk: Console) -> Float16[Tensor, "members states bits"]:
+def _deviations(
+    run: Run, records: Records, theory: LimitPrediction, talk: Console
+) -> Float16[Tensor, "members states bits"]:
     """What every converged member deviates from the NTK mean on new states."""
     converged = records.indices[records.converged].tolist()
     retrained = without_weights(run, converged)

@@ -13,7 +13,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from ntk_ensembles.tasks import TASKS, Task, find_task
+from ntk_ensembles.tasks import TASKS, Task, load_task_class
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -56,7 +56,7 @@ def parse_task(
     arguments: Sequence[str], prog: str, description: str, options: type[OptionsT]
 ) -> tuple[Task[Any, Any], OptionsT, dict[str, Any]]:
     """`parse_choice` among tasks, the package's and a user's own."""
-    return parse_choice(arguments, prog, description, find_task, list(TASKS), options)
+    return parse_choice(arguments, prog, description, load_task_class, list(TASKS), options)
 
 
 def parse_choice(
@@ -94,7 +94,7 @@ def parse_choice(
             chosen = find(word)
         except ValueError as error:
             parser.error(str(error))
-    listed = f"{{{','.join(names)}}}" + ("" if find is not find_task else " or file.py:Class")
+    listed = f"{{{','.join(names)}}}" + ("" if find is not load_task_class else " or file.py:Class")
     parser.add_argument("--task", metavar=listed, required=True, help="Which algorithm.")
     if chosen is not None:
         if clash := inspect.signature(chosen).parameters.keys() & inspect.signature(options).parameters.keys():

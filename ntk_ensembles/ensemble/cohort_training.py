@@ -163,7 +163,7 @@ class Members:
         """Members drawn and trained."""
         members = cls(recipe, _allocate(recipe, indices, device))
         labels = recipe.labels.T.to(device, recipe.dtype)
-        inverse_kernel = InverseKernel.identity(len(recipe.labels))
+        inverse_kernel = InverseKernel.for_one_hot(len(recipe.labels))
 
         def descend_model(model: IdentityModel | FunctionalModel) -> list[MemberStatus]:
             return descend(model, labels, recipe.loss, inverse_kernel, recipe.descent)

@@ -4,7 +4,7 @@
 run directory, `run` puts a run together.
 """
 
-from ntk_ensembles.training.convergence import ConvergenceRow, Theory, convergence, ensemble_sizes
+from ntk_ensembles.training.convergence import ConvergenceRow, convergence, ensemble_sizes
 from ntk_ensembles.training.metrics import BitAccuracy, ExactMatch, ExecutionMatch, RMSDeviation
 from ntk_ensembles.training.module import EnsembleModule, MembersDataModule
 from ntk_ensembles.training.options import RunOptions
@@ -27,7 +27,6 @@ __all__ = [
     "RunOptions",
     "RunStore",
     "StoreError",
-    "Theory",
     "convergence",
     "ensemble_sizes",
     "train",

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ntk_ensembles.files import write_atomically
-from ntk_ensembles.tasks import task_word
+from ntk_ensembles.tasks import task_spec
 from ntk_ensembles.training.report import report
 from ntk_ensembles.training.run import Run, prepare_directory
 from ntk_ensembles.training.store import StoreError, difference, lock
@@ -56,7 +56,7 @@ def merge(directories: Sequence[Path], out: str | None = None, console: Console 
     options = dataclasses.replace(runs[0].options, first_member=first, ensemble=last - first + 1, out=None, resume=None)
     target = prepare_directory(out, runs[0].task.name)
     with lock(target):
-        merged = Run.begin(runs[0].task, options, task_word(runs[0].task), target, runs[0].device)
+        merged = Run.begin(runs[0].task, options, task_spec(runs[0].task), target, runs[0].device)
         for run in runs:
             for path in run.store.files():
                 place = target / path.relative_to(run.store.directory)

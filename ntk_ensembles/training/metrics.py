@@ -40,17 +40,17 @@ class _Share(Metric):
 class ExactMatch(_Share):
     """The share of states all of whose bits are right."""
 
-    def update(self, decoded: Bool[Tensor, "states bits"], successors: Bool[Tensor, "states bits"]) -> None:
+    def update(self, decoded: Bool[Tensor, "states bits"], next_states: Bool[Tensor, "states bits"]) -> None:
         """Count the states of one ensemble's decoded predictions."""
-        self._count((decoded == successors).all(-1))
+        self._count((decoded == next_states).all(-1))
 
 
 class BitAccuracy(_Share):
     """The share of bits that are right."""
 
-    def update(self, decoded: Bool[Tensor, "states bits"], successors: Bool[Tensor, "states bits"]) -> None:
+    def update(self, decoded: Bool[Tensor, "states bits"], next_states: Bool[Tensor, "states bits"]) -> None:
         """Count the bits of one ensemble's decoded predictions."""
-        self._count(decoded == successors)
+        self._count(decoded == next_states)
 
 
 class ExecutionMatch(_Share):
@@ -67,9 +67,9 @@ class ExecutionMatch(_Share):
         super().__init__()
         self._executions = executions
 
-    def update(self, decoded: Bool[Tensor, "states bits"], successors: Bool[Tensor, "states bits"]) -> None:
+    def update(self, decoded: Bool[Tensor, "states bits"], next_states: Bool[Tensor, "states bits"]) -> None:
         """Count the executions of one ensemble's decoded predictions."""
-        states = (decoded == successors).all(-1)
+        states = (decoded == next_states).all(-1)
         self._count(torch.stack([states[steps].all() for steps in self._executions]))
 
 

@@ -11,8 +11,8 @@ from lightning import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
 from ntk_ensembles.ensemble import TrainedCohort, train_cohort
-from ntk_ensembles.tasks import find_task
-from ntk_ensembles.training.convergence import Theory
+from ntk_ensembles.tasks import load_task_class
+from ntk_ensembles.theory import LimitPrediction
 from ntk_ensembles.training.options import RunOptions, evaluation_of, recipe_of
 from ntk_ensembles.training.records import MemberRecords, Records
 
@@ -25,7 +25,7 @@ class EnsembleModule(LightningModule):
     (``EnsembleModule.load_from_checkpoint(path, weights_only=True)``).
 
     Args:
-        task: the word with which `find_task` finds the task's class.
+        task: the word with which `load_task_class` finds the task's class.
         task_options: its options.
         options: those of `RunOptions` that differ from their defaults, or all.
         theory: made from the three, where it is there already.
@@ -46,7 +46,7 @@ class EnsembleModule(LightningModule):
         task_options: dict[str, Any],
         options: dict[str, Any],
         *,
-        theory: Theory | None = None,
+        theory: LimitPrediction | None = None,
         keep_weights: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -56,8 +56,8 @@ class EnsembleModule(LightningModule):
         self.save_hyperparameters("task", "task_options", "options")
         chosen = RunOptions(**options)
         if theory is None:
-            found = find_task(task).from_options(task_options)
-            theory = Theory(found, evaluation_of(found, chosen), chosen.init)
+            found = load_task_class(task).from_options(task_options)
+            theory = LimitPrediction(found, evaluation_of(found, chosen), chosen.init == "antisymmetric")
         self.recipe = recipe_of(theory.task, chosen)
         self.theory = theory
         self._keep_weights = keep_weights

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 
 from ntk_ensembles.ensemble import DescentOptions, Engine, Init, Loss, Precision, Recipe
-from ntk_ensembles.tasks import EvaluationSet, Task, check_range
+from ntk_ensembles.errors import check_range
+from ntk_ensembles.tasks import EvaluationSet, Task
 
 
 @dataclass(frozen=True)

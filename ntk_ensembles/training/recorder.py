@@ -85,7 +85,7 @@ class RunRecorder(Callback):
             # Of this process alone: the others are not asked.
             exact = ExactMatch(sync_on_compute=False)
             decoded = module.theory.decode(self._sum / self._converged, decoder)
-            exact.update(decoded, module.theory.evaluation.successors)
+            exact.update(decoded, module.theory.evaluation.next_states)
             self._writer.add_scalar(f"so_far/exact_match_{decoder}", float(exact.compute()), self._count)
         worst = max(status.relative_loss for status in cohort.statuses)
         self._writer.add_scalar("so_far/relative_loss_of_cohort", worst, self._count)

@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ntk_ensembles.files import write_atomically
 from ntk_ensembles.tasks import Task
-from ntk_ensembles.theory import DECODERS, Decoder, ExactMatchBand
-from ntk_ensembles.training.convergence import ConvergenceRow, Theory, convergence
+from ntk_ensembles.theory import DECODERS, Decoder, ExactMatchBand, LimitPrediction
+from ntk_ensembles.training.convergence import ConvergenceRow, convergence
 from ntk_ensembles.training.environment import environment, peak_memory
 from ntk_ensembles.training.figures import convergence_figure
 from ntk_ensembles.training.records import PHASES, Records
@@ -32,7 +32,7 @@ TENSORBOARD = "tensorboard"
 def leave_results(
     store: RunStore,
     task: Task[Any, Any],
-    theory: Theory,
+    theory: LimitPrediction,
     records: Records,
     *,
     members_planned: int,
@@ -74,7 +74,7 @@ def leave_results(
         "templates": len(task.templates),
         "state_bits": task.layout.bits,
         "evaluation_states": len(theory.evaluation),
-        "executions": len(theory.evaluation.executions),
+        "executions": len(theory.evaluation.trajectories),
         "convergence": [asdict(row) for row in rows],
         "training": {
             "steps_max": int(records.steps.max()),

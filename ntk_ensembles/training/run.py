@@ -22,8 +22,8 @@ from lightning import Callback, Trainer
 from rich.console import Console
 
 from ntk_ensembles.ensemble import Recipe, choose_cohort
-from ntk_ensembles.tasks import Task, find_task, task_word
-from ntk_ensembles.training.convergence import Theory
+from ntk_ensembles.tasks import Task, load_task_class, task_spec
+from ntk_ensembles.theory import LimitPrediction
 from ntk_ensembles.training.module import EnsembleModule, MembersDataModule, Plan
 from ntk_ensembles.training.options import RECORDED, RunOptions, device_of, evaluation_of, recipe_of
 from ntk_ensembles.training.processes import (
@@ -82,7 +82,7 @@ class Run:
         except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
             raise StoreError(f"{path}: is damaged ({error!r}); expected the options of the run") from None
         try:
-            return cls(find_task(word).from_options(config), RunOptions(**given), store)
+            return cls(load_task_class(word).from_options(config), RunOptions(**given), store)
         except ValueError as error:
             raise StoreError(f"{path}: {error}") from None
 
@@ -128,9 +128,9 @@ class Run:
         return recipe_of(self.task, self.options)
 
     @cached_property
-    def theory(self) -> Theory:
+    def theory(self) -> LimitPrediction:
         """The run's own evaluation states and what infinite width says of them."""
-        return Theory(self.task, evaluation_of(self.task, self.options), self.options.init)
+        return LimitPrediction(self.task, evaluation_of(self.task, self.options), self.options.init == "antisymmetric")
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +201,7 @@ def train(
         Interrupted: Ctrl-C, or a process died; finished cohorts are kept and the results so far written.
     """
     started_at = time.perf_counter()
-    word = word or task_word(task)
+    word = word or task_spec(task)
     if process_rank():
         # The first process decides and speaks.
         end_with_parent()
@@ -317,11 +317,11 @@ def _fit(
 ) -> Records:
     """Train the planned members, in this process and the others, and gather the records of all."""
     recipe = recipe_of(task, options)
-    theory = run.theory if run else Theory(task, evaluation_of(task, options), options.init)
+    theory = run.theory if run else LimitPrediction(task, evaluation_of(task, options), options.init == "antisymmetric")
     if keep_weights is None:
         keep_weights, _ = _keeping(options, recipe)
     module = EnsembleModule(
-        task_word(task),
+        task_spec(task),
         task.options,
         {name: getattr(options, name) for name in RECORDED},
         theory=theory,

@@ -16,11 +16,11 @@ from ntk_ensembles.ensemble import (
     train_cohort,
 )
 from ntk_ensembles.tasks import Addition, EvaluationSet
-from ntk_ensembles.training import Theory
+from ntk_ensembles.theory import LimitPrediction
 
 CPU = torch.device("cpu")
 TASK = Addition(3)
-THEORY = Theory(TASK, EvaluationSet.sample(TASK, 200, 0))
+THEORY = LimitPrediction(TASK, EvaluationSet.sample(TASK, 200, 0))
 
 
 def recipe(width: int = 1100, engine: Engine = "identity", init: Init = "gaussian") -> Recipe:

@@ -56,7 +56,7 @@ LABELS = torch.rand(4, 12, dtype=torch.float64, generator=torch.Generator().manu
 @pytest.mark.parametrize("loss", ["whitened", "mse"])
 def test_a_linear_model_reaches_the_least_norm_interpolant(loss: Loss) -> None:
     model = linear(0.3)
-    statuses = descend(model, LABELS, loss, InverseKernel.identity(12), DescentOptions(1e-22, 60))
+    statuses = descend(model, LABELS, loss, InverseKernel.for_one_hot(12), DescentOptions(1e-22, 60))
     assert all(status.converged for status in statuses)
     for jacobian, theta in zip(model.jacobians, model.theta, strict=True):
         torch.testing.assert_close(theta, LABELS @ torch.linalg.pinv(jacobian).T, rtol=1e-8, atol=1e-9)
@@ -65,7 +65,7 @@ def test_a_linear_model_reaches_the_least_norm_interpolant(loss: Loss) -> None:
 def test_it_is_never_slower_than_steps_of_size_one() -> None:
     plain = linear(0.5)
     residuals = plain.outputs() - LABELS
-    whiten = InverseKernel.identity(12)
+    whiten = InverseKernel.for_one_hot(12)
     first, steps = residuals.square().mean((1, 2)), 0
     while (residuals.square().mean((1, 2)) > 1e-10 * first).any():
         residuals, steps = plain.step(whiten(residuals)) - LABELS, steps + 1
@@ -76,7 +76,7 @@ def test_it_is_never_slower_than_steps_of_size_one() -> None:
 def test_too_large_steps_are_survived() -> None:
     model = linear(0.2)
     model.jacobians = model.jacobians * math.sqrt(7)  # steps of size 1 would grow the residual sixfold
-    statuses = descend(model, LABELS, "whitened", InverseKernel.identity(12), DescentOptions(1e-10, 60))
+    statuses = descend(model, LABELS, "whitened", InverseKernel.for_one_hot(12), DescentOptions(1e-10, 60))
     assert [status.converged for status in statuses] == [True, True]
 
 
@@ -88,7 +88,7 @@ def test_divergence_restarts_and_is_reported() -> None:
             return self.outputs()
 
     model = Hopeless(linear(0.1).jacobians, 4)
-    bad, good = descend(model, LABELS, "whitened", InverseKernel.identity(12), DescentOptions(1e-12, 60))
+    bad, good = descend(model, LABELS, "whitened", InverseKernel.for_one_hot(12), DescentOptions(1e-12, 60))
     assert not bad.converged
     assert bad.restarts == model.restarts == 4
     assert not math.isfinite(bad.relative_loss)
@@ -99,7 +99,9 @@ def test_divergence_restarts_and_is_reported() -> None:
 def test_a_member_that_cannot_converge_says_so() -> None:
     # 4 hidden units cannot interpolate 12 templates × 4 bits.
     cohort = Cohort.allocate(0, [0], "gaussian", width=4, templates=12, bits=4, dtype=torch.float64).draw()
-    (status,) = descend(IdentityModel(cohort), LABELS, "whitened", InverseKernel.identity(12), DescentOptions(1e-6, 20))
+    (status,) = descend(
+        IdentityModel(cohort), LABELS, "whitened", InverseKernel.for_one_hot(12), DescentOptions(1e-6, 20)
+    )
     assert not status.converged
     assert status.steps == 20 == len(status.losses) - 1
     assert status.relative_loss == status.losses[-1] / status.losses[0]
@@ -108,7 +110,7 @@ def test_a_member_that_cannot_converge_says_so() -> None:
 def test_members_do_not_influence_each_other() -> None:
     def trained(indices: list[int]) -> tuple[list[float], Tensor]:
         cohort = Cohort.allocate(0, indices, "gaussian", width=600, templates=12, bits=4, dtype=torch.float64).draw()
-        statuses = descend(IdentityModel(cohort), LABELS, "whitened", InverseKernel.identity(12))
+        statuses = descend(IdentityModel(cohort), LABELS, "whitened", InverseKernel.for_one_hot(12))
         return [status.relative_loss for status in statuses], cohort.state()["hidden"]
 
     losses, weights = trained([0, 1, 2])
@@ -147,9 +149,9 @@ def test_one_step_is_autograds_gradient(width: int, init: Init) -> None:
 def test_the_fast_engine_equals_the_general_one(loss: Loss) -> None:
     cohort = Cohort.allocate(5, [0, 3], "gaussian", width=1700, templates=12, bits=4, dtype=torch.float64).draw()
     functional, fast = FunctionalModel(cohort, torch.eye(12, dtype=torch.float64)), IdentityModel(cohort)
-    general = InverseKernel.of(torch.eye(12, dtype=torch.float64))
+    general = InverseKernel.from_inputs(torch.eye(12, dtype=torch.float64))
     first = descend(functional, LABELS, loss, general, DescentOptions(1e-14))
-    second = descend(fast, LABELS, loss, InverseKernel.identity(12), DescentOptions(1e-14))
+    second = descend(fast, LABELS, loss, InverseKernel.for_one_hot(12), DescentOptions(1e-14))
     assert [status.steps for status in first] == [status.steps for status in second]
     inputs = torch.rand(30, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     inputs[inputs < 0.5] = 0
@@ -163,7 +165,7 @@ def test_general_training_inputs() -> None:
     test_inputs = torch.randn(6, 20, dtype=torch.float64, generator=generator)
     cohort = Cohort.allocate(1, range(6), "antisymmetric", width=8192, templates=20, bits=4, dtype=torch.float64).draw()
     model = FunctionalModel(cohort, inputs)
-    statuses = descend(model, LABELS, "whitened", InverseKernel.of(inputs), DescentOptions(1e-12))
+    statuses = descend(model, LABELS, "whitened", InverseKernel.from_inputs(inputs), DescentOptions(1e-12))
     assert all(status.converged for status in statuses)
     mean = ntk(test_inputs, inputs) @ torch.linalg.solve(ntk(inputs, inputs), LABELS.T)
     # The kernel of n units fluctuates by about 1/√n: 0.01 a member; five times that of the mean of six.
@@ -174,6 +176,6 @@ def test_low_precision_gradients_reach_the_same_loss() -> None:
     cohort = Cohort.allocate(0, [0], "gaussian", width=4096, templates=12, bits=4).draw()
     labels = LABELS.round().float()
     model = IdentityModel(cohort, low_precision=True)
-    (status,) = descend(model, labels, "whitened", InverseKernel.identity(12), DescentOptions(1e-9))
+    (status,) = descend(model, labels, "whitened", InverseKernel.for_one_hot(12), DescentOptions(1e-9))
     assert status.converged
     assert cohort.hidden.dtype == torch.float32

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ntk_ensembles.tasks import Addition
-from ntk_ensembles.tasks.layout import StateLayout
-from ntk_ensembles.tasks.templates import Template, TemplateSet
+from ntk_ensembles.templates import StateLayout, Template, TemplateSet
 from ntk_ensembles.theory.predictor import TemplatePredictor, posterior
 
 Array = npt.NDArray[np.float64]
@@ -220,7 +219,7 @@ def test_posterior_covariance_is_that_of_drawn_functions() -> None:
 def test_members_that_start_at_zero_do_not_vary() -> None:
     task = Addition(3)
     matches = task.templates.matches(torch.rand(50, 9, generator=torch.Generator().manual_seed(0)) < 0.5)
-    plain, centred = TemplatePredictor(task.templates), TemplatePredictor(task.templates, centred=True)
-    assert torch.equal(centred.predict(matches).mean, plain.predict(matches).mean)
-    assert not centred.predict(matches).variance.any()
-    assert not centred.covariance(matches).any()
+    plain, antisymmetric = TemplatePredictor(task.templates), TemplatePredictor(task.templates, antisymmetric=True)
+    assert torch.equal(antisymmetric.predict(matches).mean, plain.predict(matches).mean)
+    assert not antisymmetric.predict(matches).variance.any()
+    assert not antisymmetric.covariance(matches).any()

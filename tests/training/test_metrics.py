@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from ntk_ensembles.tasks import Addition, EvaluationSet
+from ntk_ensembles.theory import LimitPrediction
 from ntk_ensembles.training import (
     BitAccuracy,
     ExactMatch,
     ExecutionMatch,
     RMSDeviation,
-    Theory,
     convergence,
     ensemble_sizes,
 )
@@ -70,7 +70,7 @@ def test_ensemble_sizes(members: int, sizes: list[int]) -> None:
 
 def test_convergence_rows_by_brute_force() -> None:
     task = Addition(2)
-    theory = Theory(task, EvaluationSet.sample(task, 60, 0))
+    theory = LimitPrediction(task, EvaluationSet.sample(task, 60, 0))
     evaluation = theory.evaluation
     generator = torch.Generator().manual_seed(0)
     sigma = theory.variance.sqrt()[None, :, None]
@@ -84,13 +84,13 @@ def test_convergence_rows_by_brute_force() -> None:
             whole = 0
             for group in groups:
                 bits = theory.mean + group > theory.thresholds[decoder]
-                right = [bool((bits[i] == evaluation.successors[i]).all()) for i in range(len(evaluation))]
+                right = [bool((bits[i] == evaluation.next_states[i]).all()) for i in range(len(evaluation))]
                 shares.append(sum(right) / len(right))
-                whole += sum(all(right[i] for i in steps.tolist()) for steps in evaluation.executions)
+                whole += sum(all(right[i] for i in steps.tolist()) for steps in evaluation.trajectories)
             mean = sum(shares) / len(shares)
             assert row.exact_match[decoder] == pytest.approx(mean, abs=1e-12)
             assert row.execution_match is not None
-            assert row.execution_match[decoder] == pytest.approx(whole / len(groups) / len(evaluation.executions))
+            assert row.execution_match[decoder] == pytest.approx(whole / len(groups) / len(evaluation.trajectories))
             if len(groups) > 1:
                 spread = math.sqrt(sum((share - mean) ** 2 for share in shares) / (len(shares) - 1))
                 assert row.exact_match_spread[decoder] == pytest.approx(spread, abs=1e-12)
@@ -105,7 +105,7 @@ def test_convergence_rows_by_brute_force() -> None:
 def test_rows_match_theory_where_deviations_are_drawn_from_it() -> None:
     """Gaussian deviations with the theory's covariance: measured exact match agrees with the prediction."""
     task = Addition(3)
-    theory = Theory(task, EvaluationSet.sample(task, 300, 0))
+    theory = LimitPrediction(task, EvaluationSet.sample(task, 300, 0))
     covariance = theory.predictor.covariance(theory.evaluation.matches)
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp_min(0).sqrt()

@@ -10,7 +10,8 @@ from lightning import Trainer
 
 from ntk_ensembles.ensemble import MemberStatus, TrainedCohort
 from ntk_ensembles.tasks import Addition, EvaluationSet
-from ntk_ensembles.training import EnsembleModule, MemberRecords, Records, Theory
+from ntk_ensembles.theory import LimitPrediction
+from ntk_ensembles.training import EnsembleModule, MemberRecords, Records
 
 STATES, BITS = 2, 3
 
@@ -66,7 +67,7 @@ def test_a_member_that_is_there_twice_is_refused() -> None:
 
 def test_a_lightning_checkpoint_holds_the_members(tmp_path: Path) -> None:
     task = Addition(2)
-    theory = Theory(task, EvaluationSet.sample(task, 20, 0))
+    theory = LimitPrediction(task, EvaluationSet.sample(task, 20, 0))
     module = EnsembleModule("addition", {"bits": 2}, {"width": 128, "evaluation_states": 20}, theory=theory)
     trainer = Trainer(
         accelerator="cpu",
