@@ -19,11 +19,13 @@ from ntk_ensembles.theory.decoding import (
     margins,
     thresholds,
 )
+from ntk_ensembles.theory.empirical import empirical_ntk, linearise
 from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
-from ntk_ensembles.theory.predictor import Gaussian, Posterior, TemplatePredictor, posterior
+from ntk_ensembles.theory.predictor import KERNELS, Gaussian, Kernel, Posterior, TemplatePredictor, posterior
 
 __all__ = [
     "DECODERS",
+    "KERNELS",
     "TIE",
     "Certificate",
     "Critical",
@@ -31,15 +33,18 @@ __all__ = [
     "ExactMatchBand",
     "Gaussian",
     "InverseKernel",
+    "Kernel",
     "Posterior",
     "TemplatePredictor",
     "bit_error_probability",
     "certify",
     "decode",
+    "empirical_ntk",
     "exact_match_band",
     "exact_match_probability",
     "kappa0",
     "kappa1",
+    "linearise",
     "log_exact_match_probability",
     "margins",
     "members_for_states",
