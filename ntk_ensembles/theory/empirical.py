@@ -75,7 +75,7 @@ def linearise(
     """Train the linearised network to convergence, in closed form.
 
     The network that is linear in its weights, trained by gradient descent on the squared error (or on any
-    loss that keeps its steps in the row space of J(X)), ends at docs/theory.md, equation (15), with its own kernel:
+    loss that keeps its steps in the row space of J(X)), ends at docs/theory.md, equation (14):
 
         f(x) = f₀(x) + J(x)J(X)ᵀ(J(X)J(X)ᵀ)⁻¹(Y − f₀(X)).
 

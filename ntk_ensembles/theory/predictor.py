@@ -213,13 +213,13 @@ def posterior(
     """Predict mean and covariance after training on any inputs, by Cholesky factorisation.
 
     ``"ntk"`` is the infinitely wide network of which all weights were trained to convergence
-    (docs/theory.md, equations (16) and (24)). ``"nngp"`` is Bayesian inference with the untrained
-    network as the prior and noise-free labels (docs/theory.md, equation (25)):
+    (docs/theory.md, equations (16) and (20)). ``"nngp"`` is Bayesian inference with the untrained
+    network as the prior and noise-free labels (docs/theory.md, equation (21)):
 
         mean(x) = K(x, X)K(X, X)⁻¹Y,    cov(x, x') = K(x, x') − K(x, X)K(X, X)⁻¹K(X, x').
 
     For a Gaussian readout at the start that is, mean and covariance alike, also the distribution of
-    networks of which only the readout was trained: with K in place of Θ equation (24) becomes (25).
+    networks of which only the readout was trained: with K in place of Θ equation (20) becomes (21).
     From antisymmetric initialisation either kernel has the same mean, and at infinite width covariance 0.
 
     Everything is computed in float64. float32 arguments are converted; that does not bring back what

@@ -58,9 +58,7 @@ def network(request: pytest.FixtureRequest) -> nn.Module:
 
 
 @pytest.mark.parametrize("block", [1, 200, 2**28], ids="block-{}".format)
-def test_every_entry_is_a_product_of_gradients(
-    network: nn.Module, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_entry_is_a_product_of_gradients(network: nn.Module, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of the blocks: with one gradient at a time, with some that do not divide the rows, at once."""
     size = sum(value.numel() for value in network.parameters() if value.requires_grad)
     monkeypatch.setattr(empirical, "_BLOCK_BYTES", block if block != 200 else 3 * size * 8)
@@ -163,7 +161,10 @@ def test_unfit_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"labels of shape \(3, 1\): expected \(3, 2\)"):
         inspect.unwrap(linearise)(network, random(0, 3, 4), random(1, 3, 1))
     with pytest.raises(ValueError, match=r"output has shape \(1,\) for one input"):
-        empirical_ntk(nn.Sequential(network, nn.Flatten(0), nn.Unflatten(0, (1, 2)), nn.MaxPool1d(2), nn.Flatten(0)), random(0, 1, 4))
+        empirical_ntk(
+            nn.Sequential(network, nn.Flatten(0), nn.Unflatten(0, (1, 2)), nn.MaxPool1d(2), nn.Flatten(0)),
+            random(0, 1, 4),
+        )
     with pytest.raises(ValueError, match="no parameters that require gradients"):
         empirical_ntk(network.requires_grad_(False), random(0, 3, 4))
 
