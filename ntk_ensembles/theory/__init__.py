@@ -29,12 +29,14 @@ from ntk_ensembles.theory.decoding import (
     margins,
     thresholds,
 )
+from ntk_ensembles.theory.empirical import empirical_ntk, linearise
 from ntk_ensembles.theory.executor import NTKExecutor, Rollout, Step, Stepper, TensorStepper, Trace, rollout
 from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
-from ntk_ensembles.theory.predictor import Gaussian, Posterior, TemplatePredictor, posterior
+from ntk_ensembles.theory.predictor import KERNELS, Gaussian, Kernel, Posterior, TemplatePredictor, posterior
 
 __all__ = [
     "DECODERS",
+    "KERNELS",
     "TIE",
     "Certificate",
     "Decoder",
@@ -43,6 +45,7 @@ __all__ = [
     "InverseKernel",
     "LimitPrediction",
     "NTKExecutor",
+    "Kernel",
     "Posterior",
     "Rollout",
     "Step",
@@ -56,10 +59,12 @@ __all__ = [
     "certify_task",
     "decode",
     "decode_mean",
+    "empirical_ntk",
     "exact_match_band",
     "exact_match_probability",
     "kappa0",
     "kappa1",
+    "linearise",
     "log_exact_match_probability",
     "margin_table",
     "margins",

@@ -5,7 +5,8 @@ for each bit and each C_j the most and the fewest templates that can match. `cer
 them exactly, with a state that attains it; from its margin follow the members that suffice.
 
 It speaks of infinitely wide members trained to convergence. Their number is finite where a number of
-members is given, their width never: a finite width shifts the mean by O(1/n) and is not covered.
+members is given, their width never: a finite width n shifts the mean by O(√(k/n)) (docs/theory.md, section 10),
+which is not covered.
 """
 
 from __future__ import annotations

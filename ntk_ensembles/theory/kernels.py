@@ -121,19 +121,56 @@ def ntk(x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]) -
 
 
 def ntk_cholesky(inputs: Float64[Tensor, "templates features"]) -> Float64[Tensor, "templates templates"]:
-    """Return the lower Cholesky factor of Θ(X, X).
+    """Factor Θ(X, X) by Cholesky's method.
 
     Args:
-        inputs: Training inputs X, one a row.
+        inputs: X, one training input a row, shape (templates, features).
 
     Returns:
-        L with LLᵀ = Θ(X, X), float64.
+        The lower triangular L with LLᵀ = Θ(X, X), shape (templates, templates), float64.
 
     Raises:
         ValueError: Θ(X, X) is singular in double precision: a zero row, or a row parallel to an
             earlier one (Θ is homogeneous in the norm, so scaling does not tell inputs apart).
     """
-    kernel = ntk(inputs, inputs)
+    return _cholesky(inputs, ntk(inputs, inputs), "Θ")
+
+
+def nngp_cholesky(inputs: Float64[Tensor, "templates features"]) -> Float64[Tensor, "templates templates"]:
+    """Factor K(X, X) by Cholesky's method.
+
+    Args:
+        inputs: X, one training input a row, shape (templates, features).
+
+    Returns:
+        The lower triangular L with LLᵀ = K(X, X), shape (templates, templates), float64.
+
+    Raises:
+        ValueError: K(X, X) is singular in double precision: a zero row, or a row parallel to an
+            earlier one.
+    """
+    return _cholesky(inputs, nngp(inputs, inputs), "K")
+
+
+def parallel_rows(inputs: Float[Tensor, "rows features"], sine_max: float) -> tuple[int, int] | None:
+    """Find two rows that point in the same direction.
+
+    Args:
+        inputs: Rows of any norm, shape (rows, features); zero rows are parallel to none.
+        sine_max: The sine of the largest angle that still counts as none.
+
+    Returns:
+        The positions of the first such pair, the smaller one first; None if there is none.
+    """
+    _, cosine, sine = _geometry(inputs, inputs)
+    parallel = ((cosine > 0) & (sine < sine_max)).tril(-1).nonzero()
+    if not len(parallel):
+        return None
+    later, earlier = parallel[0].tolist()
+    return earlier, later
+
+
+def _cholesky(inputs: Tensor, kernel: Tensor, symbol: str) -> Tensor:
     factor: Tensor
     factor, failed_at = torch.linalg.cholesky_ex(kernel)
     # A squared pivot is what the earlier rows leave unexplained of this one; below this share of the
@@ -141,17 +178,16 @@ def ntk_cholesky(inputs: Float64[Tensor, "templates features"]) -> Float64[Tenso
     unexplained = factor.diagonal() ** 2 <= len(inputs) * torch.finfo(kernel.dtype).eps * kernel.diagonal()
     row = int(failed_at) - 1 if int(failed_at) else int(unexplained.nonzero()[0]) if unexplained.any() else -1
     if row >= 0:
-        raise ValueError(f"Θ(X, X) of {len(inputs)} inputs is singular: {_why_singular(inputs, row)}")
+        raise ValueError(f"{symbol}(X, X) of {len(inputs)} inputs is singular: {_why_singular(inputs, row)}")
     return factor
 
 
 def _why_singular(inputs: Tensor, row: int) -> str:
     if not inputs[row].any():
         return f"row {row} is zero"
-    _, cosine, sine = _geometry(inputs[row : row + 1], inputs[:row])
-    parallel = ((cosine > 0) & (sine < math.sqrt(torch.finfo(inputs.dtype).eps))).squeeze(0)
-    if parallel.any():
-        return f"rows {int(parallel.nonzero()[0])} and {row} are parallel; keep one of them"
+    pair = parallel_rows(inputs[: row + 1], math.sqrt(torch.finfo(inputs.dtype).eps))
+    if pair is not None:
+        return f"rows {pair[0]} and {pair[1]} are parallel; keep one of them"
     return f"row {row} is determined by earlier rows to double precision"
 
 

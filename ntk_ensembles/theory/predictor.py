@@ -12,12 +12,13 @@ independent from bit to bit. With v(x) = Θ(X, X)⁻¹Θ(X, x),
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from ntk_ensembles.errors import check_choice
 from ntk_ensembles.templates import TemplateSet
 from ntk_ensembles.theory.kernels import (
     NNGP_DIAGONAL,
@@ -25,9 +26,11 @@ from ntk_ensembles.theory.kernels import (
     ORTHOGONAL,
     kappa1,
     nngp,
+    nngp_cholesky,
     ntk,
     ntk_cholesky,
     ntk_profile,
+    parallel_rows,
 )
 
 
@@ -188,27 +191,78 @@ class TemplatePredictor:
         return (covariance + covariance.T) / 2
 
 
-def posterior(
-    inputs: Float64[Tensor, "templates features"],
-    labels: Float64[Tensor, "templates bits"],
-    test_inputs: Float64[Tensor, "inputs features"],
-) -> Posterior:
-    """Return mean and covariance after training on any inputs, by Cholesky factorisation.
+Kernel = Literal["ntk", "nngp"]
+"""What training moves. ``ntk``: all weights (kernel Θ). ``nngp``: the readout alone (kernel K), which is
+also the Bayesian posterior of the untrained network as a Gaussian process."""
 
-    The oracle for `TemplatePredictor`, and the general case beside it.
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+"""All kernels, the default first."""
+
+_FLOAT32_SINE = 5e-7
+"""Two float32 rows at an angle with a smaller sine may have been parallel before they were rounded."""
+
+
+def posterior(
+    inputs: Float[Tensor, "templates features"],
+    labels: Float[Tensor, "templates bits"],
+    test_inputs: Float[Tensor, "inputs features"],
+    kernel: Kernel = "ntk",
+) -> Posterior:
+    """Predict mean and covariance after training on any inputs, by Cholesky factorisation.
+
+    ``"ntk"`` is the infinitely wide network of which all weights were trained to convergence
+    (docs/theory.md, equations (16) and (20)). ``"nngp"`` is Bayesian inference with the untrained
+    network as the prior and noise-free labels (docs/theory.md, equation (21)):
+
+        mean(x) = K(x, X)K(X, X)⁻¹Y,    cov(x, x') = K(x, x') − K(x, X)K(X, X)⁻¹K(X, x').
+
+    For a Gaussian readout at the start that is, mean and covariance alike, also the distribution of
+    networks of which only the readout was trained: with K in place of Θ equation (20) becomes (21).
+    From antisymmetric initialisation either kernel has the same mean, and at infinite width covariance 0.
+
+    Everything is computed in float64. float32 arguments are converted; that does not bring back what
+    rounding to float32 took from them.
 
     Args:
-        inputs: Training inputs X, one a row; no zero and no parallel rows.
-        labels: Targets Y, one row for each input.
-        test_inputs: Inputs to predict at; zero rows are predicted 0 with variance 0.
+        inputs: X, one training input a row, shape (templates, features); no zero and no parallel rows.
+        labels: Y, the target of each, shape (templates, bits).
+        test_inputs: Where to predict, shape (inputs, features); zero rows are predicted 0 with variance 0.
+        kernel: One of `KERNELS`; ``"ntk"`` by default.
 
     Returns:
-        The module docstring's mean and covariance. Costs O(k³) time for k training inputs.
+        The mean, shape (inputs, bits), and the covariance between inputs, shape (inputs, inputs), the
+        same for every bit; both float64. Costs O(k³) time for k training inputs.
 
     Raises:
-        ValueError: Θ(X, X) is singular (a zero row, parallel rows).
+        OptionError: The kernel is none of `KERNELS`.
+        ValueError: Shapes do not fit together, or the kernel's matrix is singular (a zero row, parallel
+            rows; of float32 rows also those that are parallel up to rounding).
     """
-    solution = torch.cholesky_solve(ntk(inputs, test_inputs), ntk_cholesky(inputs))
-    cross = solution.T @ nngp(inputs, test_inputs)
-    covariance = nngp(test_inputs, test_inputs) + solution.T @ nngp(inputs, inputs) @ solution - cross - cross.T
-    return Posterior(solution.T @ labels, covariance)
+    check_choice("kernel", kernel, KERNELS)
+    _check_shapes(inputs, labels, test_inputs)
+    if inputs.dtype != torch.float64 and (pair := parallel_rows(inputs.to(torch.float64), _FLOAT32_SINE)):
+        raise ValueError(f"rows {pair[0]} and {pair[1]} of the inputs are parallel up to rounding; keep one of them")
+    x, y, new = (value.to(torch.float64) for value in (inputs, labels, test_inputs))
+    if kernel == "nngp":
+        solution = torch.cholesky_solve(nngp(x, new), nngp_cholesky(x))
+        covariance = nngp(new, new) - solution.T @ nngp(x, new)
+    else:
+        solution = torch.cholesky_solve(ntk(x, new), ntk_cholesky(x))
+        cross = solution.T @ nngp(x, new)
+        covariance = nngp(new, new) + solution.T @ nngp(x, x) @ solution - cross - cross.T
+    # Symmetric but for rounding; now to the bit.
+    return Posterior(solution.T @ y, (covariance + covariance.T) / 2)
+
+
+def _check_shapes(inputs: Tensor, labels: Tensor, test_inputs: Tensor) -> None:
+    for name, value in (("inputs", inputs), ("labels", labels), ("test_inputs", test_inputs)):
+        if value.ndim != 2:
+            raise ValueError(f"{name} of shape {tuple(value.shape)}: expected two axes, one example a row")
+    if not len(inputs):
+        raise ValueError("inputs without rows: expected at least one training input")
+    if len(labels) != len(inputs):
+        raise ValueError(f"{len(labels)} rows of labels for {len(inputs)} rows of inputs: expected one for each")
+    if test_inputs.shape[1] != inputs.shape[1]:
+        raise ValueError(
+            f"test_inputs of {test_inputs.shape[1]} features for inputs of {inputs.shape[1]}: expected as many"
+        )
