@@ -101,7 +101,7 @@ def compare(python: str, rounds: int, folder: Path) -> dict[str, Any]:
     import torch
 
     from ntk_ensembles import SBN, Addition, EvaluationSet, Multiplication
-    from ntk_ensembles.theory.executor import NTKExecutor
+    from ntk_ensembles.theory import NTKExecutor, rollout
     from ntk_ensembles.training.environment import environment
 
     torch.set_num_threads(1)

@@ -9,56 +9,82 @@ variance of what is learned, `ensemble` trains members that approach them, `trai
 """
 
 import importlib
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ntk_ensembles.ensemble import Cohort, Recipe, TwoLayerMLP, train_cohort
-    from ntk_ensembles.reuse import Ensemble
-    from ntk_ensembles.tasks import SBN, TASKS, Addition, EvaluationSet, Machine, Multiplication, Permutation, Task
-    from ntk_ensembles.templates import StateLayout, Template, TemplateSet
-    from ntk_ensembles.theory import LimitPrediction, NTKExecutor, TemplatePredictor, rollout
-    from ntk_ensembles.training import EnsembleModule, RunOptions, convergence, train
+    from ntk_ensembles.ensemble import Cohort as Cohort
+    from ntk_ensembles.ensemble import Recipe as Recipe
+    from ntk_ensembles.ensemble import TwoLayerMLP as TwoLayerMLP
+    from ntk_ensembles.ensemble import train_cohort as train_cohort
+    from ntk_ensembles.reuse import Ensemble as Ensemble
+    from ntk_ensembles.tasks import SBN as SBN
+    from ntk_ensembles.tasks import TASKS as TASKS
+    from ntk_ensembles.tasks import Addition as Addition
+    from ntk_ensembles.tasks import EvaluationSet as EvaluationSet
+    from ntk_ensembles.tasks import Machine as Machine
+    from ntk_ensembles.tasks import Multiplication as Multiplication
+    from ntk_ensembles.tasks import Permutation as Permutation
+    from ntk_ensembles.tasks import Task as Task
+    from ntk_ensembles.templates import StateLayout as StateLayout
+    from ntk_ensembles.templates import Template as Template
+    from ntk_ensembles.templates import TemplateSet as TemplateSet
+    from ntk_ensembles.theory import LimitPrediction as LimitPrediction
+    from ntk_ensembles.theory import NTKExecutor as NTKExecutor
+    from ntk_ensembles.theory import TemplatePredictor as TemplatePredictor
+    from ntk_ensembles.theory import rollout as rollout
+    from ntk_ensembles.training import EnsembleModule as EnsembleModule
+    from ntk_ensembles.training import RunOptions as RunOptions
+    from ntk_ensembles.training import convergence as convergence
+    from ntk_ensembles.training import train as train
 
-__all__ = [
-    "SBN",
-    "TASKS",
-    "Addition",
-    "Cohort",
-    "Ensemble",
-    "EnsembleModule",
-    "EvaluationSet",
-    "LimitPrediction",
-    "Machine",
-    "Multiplication",
-    "NTKExecutor",
-    "Permutation",
-    "Recipe",
-    "RunOptions",
-    "StateLayout",
-    "Task",
-    "Template",
-    "TemplatePredictor",
-    "TemplateSet",
-    "TwoLayerMLP",
-    "convergence",
-    "rollout",
-    "train",
-    "train_cohort",
-]
+    __version__: str
 
-_FOLDERS = {
-    "templates": ("StateLayout", "Template", "TemplateSet"),
-    "tasks": ("SBN", "TASKS", "Addition", "EvaluationSet", "Machine", "Multiplication", "Permutation", "Task"),
-    "theory": ("LimitPrediction", "NTKExecutor", "TemplatePredictor", "rollout"),
-    "ensemble": ("Cohort", "Recipe", "TwoLayerMLP", "train_cohort"),
-    "reuse": ("Ensemble",),
-    "training": ("EnsembleModule", "RunOptions", "convergence", "train"),
+_MODULE_OF = {
+    "Addition": "tasks",
+    "Cohort": "ensemble",
+    "Ensemble": "reuse",
+    "EnsembleModule": "training",
+    "EvaluationSet": "tasks",
+    "LimitPrediction": "theory",
+    "Machine": "tasks",
+    "Multiplication": "tasks",
+    "NTKExecutor": "theory",
+    "Permutation": "tasks",
+    "Recipe": "ensemble",
+    "RunOptions": "training",
+    "SBN": "tasks",
+    "StateLayout": "templates",
+    "TASKS": "tasks",
+    "Task": "tasks",
+    "Template": "templates",
+    "TemplatePredictor": "theory",
+    "TemplateSet": "templates",
+    "TwoLayerMLP": "ensemble",
+    "convergence": "training",
+    "rollout": "theory",
+    "train": "training",
+    "train_cohort": "ensemble",
 }
-_FOLDER_OF = {name: folder for folder, names in _FOLDERS.items() for name in names}
+"""Modules of this package by the public name that each is imported for, when it is asked for.
+
+A type checker reads the imports above instead; a test compares the two.
+"""
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use: Lightning alone takes seconds, and most commands do without it."""
-    if name in _FOLDER_OF:
-        return getattr(importlib.import_module(f"ntk_ensembles.{_FOLDER_OF[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    """Return the public names, for completion."""
+    return [*_MODULE_OF, "__version__"]
+
+
+if not TYPE_CHECKING:
+    # To a type checker these would hide the names above, and that another name is wrong.
+    __all__ = list(_MODULE_OF)
+
+    def __getattr__(name: str) -> Any:
+        """Import what a public name needs when it is asked for: Lightning takes seconds that most commands save."""
+        if name == "__version__":
+            return metadata.version("ntk-ensembles")
+        if name in _MODULE_OF:
+            return getattr(importlib.import_module(f"ntk_ensembles.{_MODULE_OF[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

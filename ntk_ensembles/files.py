@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import yaml
 from safetensors import SafetensorError
+
+_OPTIONS_BYTES_MAX, _OPTIONS_DEPTH_MAX = 1 << 16, 20
 
 
 class SaveError(Exception):
@@ -53,3 +57,54 @@ def _reason(error: Exception) -> str:
     # What safetensors raises has the number only in its text.
     number = re.search(r"\(os error (\d+)\)", str(error))
     return os.strerror(int(number[1])).lower() if number else str(error)
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Read a YAML file of options by name, with underscores for the dashes of flags.
+
+    A file that is large, deeply nested, or has aliases or tags is refused before anything is built from it: a few
+    hundred bytes of aliases can take gigabytes.
+
+    Args:
+        path: File to read.
+
+    Raises:
+        ValueError: There is no such file, or it holds no options.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: {'is no file' if path.exists() else 'there is no such file'}")
+    with path.open("rb") as file:
+        content = file.read(_OPTIONS_BYTES_MAX + 1)
+    try:
+        if len(content) > _OPTIONS_BYTES_MAX:
+            raise ValueError(f"is larger than {_OPTIONS_BYTES_MAX // 1024} KiB")
+        text = content.decode("utf-8")
+        if refusal := _refusal(yaml.parse(text, Loader=_OptionsLoader)):
+            raise ValueError(refusal)
+        options = yaml.load(text, Loader=_OptionsLoader)
+        if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+            raise ValueError("expected options by name, such as 'width: 1024'")
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be used: {error}") from None
+    return {name.replace("-", "_"): value for name, value in options.items()}
+
+
+class _OptionsLoader(yaml.SafeLoader):
+    """Loader of plain values that reads ``1e-6`` as a number; to YAML 1.1 it is text without a point."""
+
+
+_OptionsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _refusal(events: Iterable[yaml.Event]) -> str | None:
+    """Return what a YAML document has that no file of options needs, or None."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _OPTIONS_DEPTH_MAX:
+            return "is nested too deeply"
+        if getattr(event, "anchor", None) or getattr(event, "tag", None):
+            return "has YAML anchors, aliases or tags; expected plain values"
+    return None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from ntk_ensembles.files import SaveError, write_atomically
+from ntk_ensembles.files import SaveError, read_options, write_atomically
 
 
 def test_what_fails_halfway_leaves_what_was_there(tmp_path: Path) -> None:
@@ -71,3 +72,58 @@ def test_a_full_device_is_said(tmp_path: Path) -> None:
     full.symlink_to("/dev/full")
     with pytest.raises(SaveError, match="no space left on device"):
         write_atomically(full, lambda part: part.write_text("text"))
+
+
+def test_options_are_plain_values_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "task: addition\ntolerance: 1e-06\nother: 1.5E+3\nevaluation-states: 3\nout: 1e\nflag: true\nlist: [1, a]\n"
+    )
+    assert read_options(path) == {
+        "task": "addition",
+        "tolerance": 1e-6,
+        "other": 1500.0,
+        "evaluation_states": 3,
+        "out": "1e",
+        "flag": True,
+        "list": [1, "a"],
+    }
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (LAUGHS, "has YAML anchors, aliases or tags"),
+        ("a: &a [*a]", "has YAML anchors, aliases or tags"),
+        ("a: !!python/object/apply:os.system [exit]", "has YAML anchors, aliases or tags"),
+        ("a: " + "[" * 20_000 + "]" * 20_000, "is nested too deeply"),
+        ("a: " + "[" * 20_000, "is nested too deeply"),
+        ("# " + "x" * 2_000_000, "is larger than 64 KiB"),
+        (bytes(range(256)), "can't decode"),
+        ("a: b: c", "mapping values are not allowed"),
+        ("a: 2001-99-99", "month must be in"),
+        ("", "expected options by name"),
+        ("- a", "expected options by name"),
+        ("1: a", "expected options by name"),
+    ],
+)
+def test_odd_files_of_options_are_refused_at_once(content: str | bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    started_at = time.monotonic()
+    with pytest.raises(ValueError, match=r"x\.yaml: cannot be used: ") as error:
+        read_options(path)
+    assert says in str(error.value)
+    assert time.monotonic() - started_at < 5
+
+
+def test_what_is_no_file_of_options(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, says in (("pipe", "is no file"), (".", "is no file"), ("nope.yaml", "there is no such file")):
+        with pytest.raises(ValueError, match=says):
+            read_options(tmp_path / name)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ntk_ensembles.cli.main import command
+from ntk_ensembles.cli.options import DecoderOptions, EvaluationOptions, OutputOptions
 from ntk_ensembles.cli.parsing import parse_task
-from ntk_ensembles.cli.terminal import command, console
-from ntk_ensembles.errors import OptionError, check_range
+from ntk_ensembles.console import console
+from ntk_ensembles.errors import OptionError
 from ntk_ensembles.tasks import Task
-from ntk_ensembles.theory import DECODERS, TIE, Decoder, certify_task
+from ntk_ensembles.theory import TIE, certify_task
 
 _DESCRIPTION = (
     "Tell what a task's templates promise before any training: can it be learned exactly, for which states, with how "
@@ -22,44 +23,26 @@ _DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class CertifyOptions:
-    """What to certify."""
+class CertifyOptions(OutputOptions, DecoderOptions, EvaluationOptions):
+    """Options of a certificate."""
 
     delta: float = 1e-6
     """Chance of any wrong bit that the members needed must stay below, between 0 and 1."""
 
-    decode: Literal["midpoint", "sign", "both"] = "both"
-    """Decoding rule; with sign alone the exit status is 1 where it is not exact."""
-
-    evaluation_states: int = 1000
-    """States of true trajectories to sample beside the proofs, 1 to 1000000."""
-
-    evaluation_seed: int = 0
-    """Draws them, as in training."""
-
-    json: bool = False
-    """Print one JSON object instead of tables."""
-
     def __post_init__(self) -> None:
-        """Refuse what cannot be certified.
+        """Check the ranges.
 
         Raises:
-            ValueError: an option outside its range; the message names it.
+            OptionError: An option is outside its range.
         """
+        super().__post_init__()
         if not 0 < self.delta < 1:
             raise OptionError("delta", self.delta, "a number between 0 and 1")
-        check_range("evaluation_states", self.evaluation_states, 1, 1_000_000)
-        check_range("evaluation_seed", self.evaluation_seed, 0, (1 << 63) - 1)
-
-    @property
-    def decoders(self) -> tuple[Decoder, ...]:
-        """Those asked for."""
-        return DECODERS if self.decode == "both" else (self.decode,)
 
 
 @command("ntk-ensembles certify")
 def certify_command(arguments: list[str], prog: str) -> int:
-    """Print a certificate; exit status 0 if exact for all states, 1 if not, 2 for bad input."""
+    """Print a certificate; the exit status is 0 if a decoder that was asked for is exact for all states, else 1."""
     task, options, _ = parse_task(arguments, prog, _DESCRIPTION, CertifyOptions)
     try:
         with console(stderr=True).status("searching all states for the worst ones …"):
@@ -72,10 +55,7 @@ def certify_command(arguments: list[str], prog: str) -> int:
             )
     except RuntimeError as error:
         raise ValueError(str(error)) from error
-    if options.json:
-        print(json.dumps(certificate, allow_nan=False))
-    else:
-        _show(task, certificate, console())
+    options.show(certificate, lambda out: _show(task, certificate, out))
     return 0 if any(certificate["decoders"][name]["all_states"]["exact"] for name in options.decoders) else 1
 
 

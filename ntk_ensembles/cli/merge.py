@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ntk_ensembles.cli.parsing import OneLineParser
-from ntk_ensembles.cli.terminal import command, console
+from ntk_ensembles.cli.main import command
+from ntk_ensembles.cli.parsing import Parser
+from ntk_ensembles.console import console
 from ntk_ensembles.training.merge import merge
 
 _DESCRIPTION = (
@@ -16,11 +17,10 @@ _DESCRIPTION = (
 
 @command("ntk-ensembles merge")
 def merge_command(arguments: list[str], prog: str) -> int:
-    """Merge runs; exit status 0, 1 if the disk gave out, 2 for runs that cannot be merged."""
-    parser = OneLineParser(prog=prog, description=_DESCRIPTION)
+    """Merge runs into a new one."""
+    parser = Parser(prog, _DESCRIPTION)
     parser.add_argument("runs", nargs="+", type=str, metavar="RUN_DIR", help="Two or more run directories.")
     parser.add_argument("--out", type=str, help="Directory of the merged run. By default a fresh one under runs/.")
-    parser.finish()
-    options = parser.parse_args(arguments)
-    merge([Path(name) for name in options.runs], options.out, console())
+    options = parser.parse(arguments)
+    merge([Path(name) for name in options["runs"]], options["out"], console())
     return 0

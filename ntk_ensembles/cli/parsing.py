@@ -1,142 +1,285 @@
-"""Command lines from dataclasses and constructors: their arguments are the flags, their docstrings the help."""
+"""Command lines from dataclasses and constructors: arguments become flags, their docstrings the help."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
-import sys
-from collections.abc import Callable, Sequence
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import docstring_parser
-import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser
 
-from ntk_ensembles.tasks import TASKS, Task, load_task_class
+import ntk_ensembles
+from ntk_ensembles.cli.main import suggestion
+from ntk_ensembles.errors import OptionError
+from ntk_ensembles.files import read_options
+from ntk_ensembles.tasks import TASKS, load_task_class
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-ChosenT = TypeVar("ChosenT")
 OptionsT = TypeVar("OptionsT")
 
 
-class OneLineParser(ArgumentParser):
-    """Refuses bad input in one line and exit status 2, shows flags with dashes, and takes no abbreviations."""
+class Parser(ArgumentParser):
+    """Parser that takes flags with dashes and unabbreviated, and raises its errors for `command` to print.
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message on one line, with a way to help."""
-        text = " ".join(str(message).split())
-        sys.stderr.write(f"{self.prog}: error: {text} (see {self.prog} --help)\n")
-        sys.exit(2)
+    Args:
+        prog: Name of the command for usage and messages.
+        description: Sentences that say what the command does.
+        epilog: Sentences to end the help with.
+    """
 
-    def add_options(self, source: type[Any]) -> None:
-        """Add a flag for each argument of a constructor; a bool that is False by default is a switch."""
-        switches = [
-            name
-            for name, parameter in inspect.signature(source).parameters.items()
-            if parameter.default is False and parameter.annotation in (bool, "bool")
-        ]
-        self.add_class_arguments(source, None, skip=set(switches))
-        help_of = {entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(source).params}
-        for name in switches:
-            self.add_argument(f"--{name}", action="store_true", help=help_of.get(name))
-
-    def finish(self) -> None:
-        """Show flags with dashes, and go on accepting underscores."""
-        for action in self._actions:
-            dashed = [option.replace("_", "-") for option in action.option_strings]
-            self._option_string_actions.update(dict.fromkeys(dashed, action))
-            action.option_strings = dashed
+    def __init__(self, prog: str, description: str = "", epilog: str | None = None) -> None:
         # An abbreviation that works today is another option's tomorrow.
-        self.allow_abbrev = False
+        settings: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+        super().__init__(
+            prog=prog, description=description, epilog=epilog, version=ntk_ensembles.__version__, **settings
+        )
+        self._readers: dict[str, _Reader] = {}
+
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        """Return the help, with flags in the spelling with dashes alone."""
+        text: str = super().format_help(formatter)
+        return re.sub(r", --\w*_\w*( \S+)?$", "", text, flags=re.MULTILINE)
+
+    def add_options(self, source: type[Any], **defaults: Any) -> None:
+        """Add a flag for each argument of a constructor.
+
+        Args:
+            source: Dataclass or other class. The annotations say what the flags accept, the docstrings of attributes
+                and arguments are the help, and a bool that is False by default becomes a switch.
+            **defaults: Defaults to use instead of the constructor's.
+        """
+        title, helps = _documentation(source)
+        group = self.add_argument_group(title)
+        annotations = typing.get_type_hints(source if dataclasses.is_dataclass(source) else source.__init__)
+        for name, parameter in inspect.signature(source).parameters.items():
+            annotation, default = annotations.get(name, Any), defaults.get(name, parameter.default)
+            reader = _Reader.of(name, annotation)
+            settings: dict[str, Any] = {"help": helps.get(name)}
+            if annotation is bool and default is False:
+                settings["action"] = "store_true"
+            else:
+                settings |= {"type": annotation} if reader is None else {"type": reader, "metavar": reader.metavar}
+                settings |= {"required": True} if default is inspect.Parameter.empty else {"default": default}
+            if reader is not None:
+                self._readers[name] = reader
+            # Underscores are accepted too, as in a file of options.
+            group.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), **settings)
+
+    def check(self, config: Mapping[str, object]) -> None:
+        """Check the values of a file, of which jsonargparse takes null for any flag and anything for a switch.
+
+        Args:
+            config: Values by the names of the arguments.
+
+        Raises:
+            OptionError: A value is of another kind than its option takes.
+        """
+        try:
+            for name, value in config.items():
+                if reader := self._readers.get(name):
+                    reader(value)
+        except _WrongKind as error:
+            raise error.error from None
+
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Return the value of every argument by its name.
+
+        Args:
+            arguments: Arguments of the command line.
+
+        Raises:
+            OptionError: A value is of another kind than its option takes.
+            argparse.ArgumentError: The arguments cannot be parsed.
+        """
+        try:
+            values = vars(self.parse_args(list(arguments)))
+        except _WrongKind as error:
+            raise error.error from None
+        except argparse.ArgumentError as error:
+            known = set(re.findall(r"--[a-z-]+", self.format_help()))
+            unknown = {flag.replace("_", "-") for flag in re.findall(r"--[\w-]+", str(error))} - known
+            hints = [hint for flag in sorted(unknown) if (hint := suggestion(flag, known))]
+            raise argparse.ArgumentError(None, f"{error}{''.join(hints[:1])}") from error
+        return {name: value for name, value in values.items() if name != "config"}
 
 
 def parse_task(
-    arguments: Sequence[str], prog: str, description: str, options: type[OptionsT]
-) -> tuple[Task[Any, Any], OptionsT, dict[str, Any]]:
-    """`parse_choice` among tasks, the package's and a user's own."""
-    return parse_choice(arguments, prog, description, load_task_class, list(TASKS), options)
-
-
-def parse_choice(
     arguments: Sequence[str],
     prog: str,
     description: str,
-    find: Callable[[str], type[ChosenT]],
-    names: Sequence[str],
     options: type[OptionsT],
-) -> tuple[ChosenT, OptionsT, dict[str, Any]]:
-    """What ``--task`` chooses, made with the flags of its own, and the options that every choice shares.
+    find: Callable[[str], type[Any]] = load_task_class,
+    names: Sequence[str] = (*TASKS, "file.py:Class"),
+) -> tuple[Any, OptionsT, dict[str, Any]]:
+    """Parse a command line whose flags depend on the task that ``--task`` names.
 
-    Flags go over YAML files named by ``--config``. Bad input ends the program with one line on standard
-    error and exit status 2.
+    Flags take precedence over YAML files named by ``--config``, and later files over earlier ones.
 
     Args:
-        arguments: of the command line.
-        prog: the command, for messages.
-        description: what it does, for ``--help``.
-        find: the class that a word stands for; raises ValueError, with a message that names ``--task``.
-        names: the words to show.
-        options: a dataclass; its fields are flags too.
+        arguments: Arguments of the command line.
+        prog: Name of the command for usage and messages.
+        description: Sentences that say what the command does, for ``--help``.
+        options: Dataclass of the options that are the same for all tasks.
+        find: Function from the word after ``--task`` to a class; raises ValueError where there is none.
+        names: Words to list in the help.
 
     Returns:
-        The chosen object, the options, and all resolved values by name, ``task`` first.
+        The task (an instance of the class), the options, and all values by name, ``task`` (the word) first.
+
+    Raises:
+        ValueError: A file, the task or an option cannot be used.
+        argparse.ArgumentError: The arguments cannot be parsed.
     """
-    word = chosen_task(arguments)
-    parser = OneLineParser(prog=prog, description=description)
+    asked = first_look(arguments)
+    parser = Parser(prog, description)
     parser.add_argument("--config", action="config", help="A YAML file of options by name, such as configs/*.yaml.")
-    chosen: type[ChosenT] | None = None
-    if word is None:
+    parser.add_argument("--task", type=str, metavar=f"{{{','.join(names)}}}", help="Which algorithm.")
+    if asked.task is None:
+        parser.add_options(options)
         parser.epilog = f"Each task has options of its own: {prog} --task NAME --help shows them."
-    else:
-        try:
-            chosen = find(word)
-        except ValueError as error:
-            parser.error(str(error))
-    listed = f"{{{','.join(names)}}}" + ("" if find is not load_task_class else " or file.py:Class")
-    parser.add_argument("--task", metavar=listed, required=True, help="Which algorithm.")
-    if chosen is not None:
-        if clash := inspect.signature(chosen).parameters.keys() & inspect.signature(options).parameters.keys():
-            parser.error(f"--task {word}: options {', '.join(sorted(clash))} belong to {prog} too; rename the task's")
+        parser.parse(asked.information)
+        raise ValueError(f"--task: expected one of {', '.join(names)} (see {prog} --help)")
+    with _users_code(asked.task, names):
+        chosen = find(asked.task)
         parser.add_options(chosen)
+    own, shared = inspect.signature(chosen).parameters.keys(), inspect.signature(options).parameters.keys()
+    if clash := ", ".join(sorted(own & shared)):
+        raise ValueError(f"--task {asked.task}: options {clash} belong to {prog} too; rename the task's")
     parser.add_options(options)
-    parser.finish()
-    if chosen is None:
-        if any(argument in ("-h", "--help") for argument in arguments):
-            parser.parse_args(["--help"])
-        parser.error(f"--task: choose {', '.join(names)}")
-    values = {key: value for key, value in vars(parser.parse_args(list(arguments))).items() if key != "config"}
-    shared = {field.name: values[field.name] for field in dataclasses.fields(options)}  # type: ignore[arg-type]
-    own = {key: value for key, value in values.items() if key not in shared and key != "task"}
+    for path, config in asked.config.items():
+        for name in config.keys() - {"task", *own, *shared}:
+            raise ValueError(f"{path}: there is no option {name}{suggestion(name, [*own, *shared])}")
+        parser.check(config)
+    values = parser.parse(arguments)
+    own_values, shared_values = ({name: values[name] for name in part} for part in (own, shared))
+    with _users_code(asked.task, names):
+        task = chosen(**own_values)
+    return task, options(**shared_values), {"task": asked.task, **own_values, **shared_values}
+
+
+def first_look(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse what decides which other options there are.
+
+    Args:
+        arguments: Arguments of the command line.
+
+    Returns:
+        ``task``, the word after ``--task`` or else in the last file that has one, or None; ``config``, the content of
+        every file by its path; ``resume``, a directory, or None; ``information``, ``["--help"]``, ``["--version"]``,
+        or nothing.
+
+    Raises:
+        ValueError: A file cannot be used.
+        argparse.ArgumentError: One of the flags has no value.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--task", "--resume"):
+        parser.add_argument(flag)
+    parser.add_argument("--config", action="append", default=[])
+    for flags in (("-h", "--help"), ("--version",)):
+        parser.add_argument(*flags, action="append_const", dest="information", const=flags[-1], default=[])
+    asked = parser.parse_known_args(list(arguments))[0]
+    asked.config = {path: read_options(Path(path)) for path in asked.config}
+    for config in asked.config.values() if asked.task is None else ():
+        asked.task = str(config["task"]) if "task" in config else asked.task
+    return asked
+
+
+@contextmanager
+def _users_code(word: str, names: Sequence[str]) -> Iterator[None]:
+    """Turn what goes wrong in a class that a user chose, and may have written, into a ValueError."""
     try:
-        return chosen(**own), options(**shared), {"task": word, **own, **shared}
+        yield
     except ValueError as error:
-        parser.error(str(error))
+        hint = "" if word in names else suggestion(word, names)
+        if isinstance(error, OptionError):
+            raise OptionError(error.argument, error.value, f"{error.expected}{hint}") from error
+        raise ValueError(f"{error}{hint}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--task {word}: fails with {type(error).__name__}: {error}") from error
 
 
-def value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The first value that a flag has on a command line, before it is parsed."""
-    for position, argument in enumerate(arguments):
-        name, separator, value = argument.partition("=")
-        if name == flag:
-            return value if separator else next(iter(arguments[position + 1 :]), "")
-    return None
+class _WrongKind(Exception):
+    """Carrier of an `OptionError` past argparse, which replaces the message of a ValueError by its own."""
+
+    def __init__(self, error: OptionError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
-def chosen_task(arguments: Sequence[str]) -> str | None:
-    """The task that flags or, where they do not say, the last config file names."""
-    word = value_of("--task", arguments)
-    if word is not None:
-        return word
-    for position, argument in enumerate(arguments):
-        path = value_of("--config", arguments[position:]) if argument.startswith("--config") else None
-        if path is None:
-            continue
+_EXPECTED: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Function from what stands on the command line or in a file to the value of an argument.
+
+    jsonargparse converts these values too, but its errors speak of Python's types and name no flag.
+    """
+
+    name: str
+    kind: type[Any]
+    choices: tuple[str, ...]
+    optional: bool
+
+    @classmethod
+    def of(cls, name: str, annotation: Any) -> _Reader | None:
+        """Return a reader for an annotation, or None for one that jsonargparse has to read, such as a list."""
+        kinds = [annotation]
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+            kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        choices = typing.get_args(kinds[0]) if typing.get_origin(kinds[0]) is Literal else ()
+        if len(kinds) > 1 or not (choices or kinds[0] in _EXPECTED):
+            return None
+        return cls(name, str if choices else kinds[0], choices, optional=kinds != [annotation])
+
+    def __call__(self, value: object) -> object:
+        """Return the value, converted."""
+        if value is None and self.optional:
+            return None
+        converted = self._convert(value)
+        if self.choices and converted not in self.choices:
+            expected = f"one of {', '.join(self.choices)}{suggestion(str(value), self.choices)}"
+            raise _WrongKind(OptionError(self.name, value, expected))
+        if converted is None:
+            raise _WrongKind(OptionError(self.name, value, _EXPECTED[self.kind]))
+        return converted
+
+    def _convert(self, value: object) -> Any:
+        """Return the value as one of this kind, or None where it is of another."""
+        if self.kind is bool:
+            return {"true": True, "false": False}.get(str(value).lower())
+        # A bool is an integer to Python, and int() would cut 3.5 to 3.
+        if isinstance(value, bool) or not isinstance(value, (str, int, self.kind)):
+            return None
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            continue  # the parser says what is wrong with it
-        if isinstance(content, dict) and "task" in content:
-            word = str(content["task"])
-    return word
+            return self.kind(value)
+        except (ValueError, OverflowError):
+            return None
+
+    def __repr__(self) -> str:
+        """Return the kind of value, for the help."""
+        return self.kind.__name__
+
+    @property
+    def metavar(self) -> str | None:
+        """Words to show in the help, or None where any value is accepted."""
+        return f"{{{','.join(self.choices)}}}" if self.choices else None
+
+
+def _documentation(source: type[Any]) -> tuple[str, dict[str, str]]:
+    """Return the first sentence of a class, and what it and its bases say of their arguments and attributes."""
+    helps: dict[str, str] = {}
+    for part in reversed(inspect.getmro(source)):
+        if part is source or dataclasses.is_dataclass(part):
+            entries = docstring_parser.parse_from_object(part).params
+            helps |= {entry.arg_name: entry.description or "" for entry in entries}
+    return (inspect.getdoc(source) or source.__name__).partition("\n")[0].rstrip("."), helps

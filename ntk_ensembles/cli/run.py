@@ -7,7 +7,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from ntk_ensembles.cli.parsing import OneLineParser
-from ntk_ensembles.cli.progress import WorkProgress
-from ntk_ensembles.cli.terminal import command, console
+from ntk_ensembles.cli.main import command, suggestion
+from ntk_ensembles.cli.options import OutputOptions
+from ntk_ensembles.cli.parsing import Parser
 from ntk_ensembles.computer import (
     Assembly,
     ProgramBatch,
@@ -28,7 +27,8 @@ from ntk_ensembles.computer import (
     load_program,
 )
 from ntk_ensembles.computer.display import Watch, memory_table
-from ntk_ensembles.errors import check_range
+from ntk_ensembles.console import Progress, console
+from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.files import write_atomically
 from ntk_ensembles.tasks import SBN, Branch, Machine, Program
 from ntk_ensembles.theory import NTKExecutor, Stepper
@@ -45,12 +45,12 @@ _WORD_BITS = 8
 _BRANCH: Branch = "negative"
 _CELLS_MIN, _CELLS_MAX = 4, 256
 _INSTRUCTIONS_MAX = 1_000_000_000
-_SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_UPDATES = 20.0, 0.2
+_SECONDS_BETWEEN_UPDATES = 0.2
 
 
 @dataclass(frozen=True)
-class ExecutionOptions:
-    """On what machine and backend to run, and what to show."""
+class ExecutionOptions(OutputOptions):
+    """Options of an execution: the machine, the backend, and what is shown."""
 
     backend: str = "ntk"
     """interpreter; ntk, the mean of the infinitely wide ensemble; or the directory of a run of train.py --task sbn."""
@@ -69,9 +69,6 @@ class ExecutionOptions:
 
     max_instructions: int = 10_000
     """Instructions after which a program that has not halted is stopped, 1 to 1000000000."""
-
-    json: bool = False
-    """Print a JSON object instead of a text."""
 
     batch: str | None = None
     """File of JSON lines with memory, pc, max_instructions, to be run side by side; - for standard input. Prints JSON
@@ -93,27 +90,28 @@ class ExecutionOptions:
     """Directory for the same picture and all margins, as TensorBoard events."""
 
     def __post_init__(self) -> None:
-        """Refuse what no run can use.
+        """Check the options, one by one and against each other.
 
         Raises:
-            ValueError: an option outside its range; the message names it.
+            ValueError: An option cannot be used; the message names it.
         """
         check_range("max_instructions", self.max_instructions, 1, _INSTRUCTIONS_MAX)
         if not 0 <= self.delay <= 60:
-            raise ValueError(f"--delay {self.delay}: expected seconds from 0 to 60")
+            raise OptionError("delay", self.delay, "seconds from 0 to 60")
         if self.trained and not Path(self.backend).is_dir():
-            raise ValueError(f"--backend {self.backend}: expected interpreter, ntk, or the directory of a run")
+            near = suggestion(self.backend, ("interpreter", "ntk"))
+            raise OptionError("backend", self.backend, f"interpreter, ntk, or the directory of a run{near}")
         if self.members is not None and not self.trained:
             raise ValueError("--members: expected the directory of a run as --backend")
         if self.records and self.backend == "interpreter":
             raise ValueError(f"--{self.records[0]}: the interpreter has no micro-steps; expected another --backend")
         if self.figure is not None and not self.figure.endswith(".png"):
-            raise ValueError(f"--figure {self.figure}: expected a name that ends in .png")
-        for flag, name in (("trace", self.trace), ("figure", self.figure)):
+            raise OptionError("figure", self.figure, "a name that ends in .png")
+        for argument, name in (("trace", self.trace), ("figure", self.figure)):
             if name is not None and (Path(name).is_dir() or not Path(name).parent.is_dir()):
-                raise ValueError(f"--{flag} {name}: expected a file, in a directory that exists")
+                raise OptionError(argument, name, "a file, in a directory that exists")
         if self.tensorboard is not None and Path(self.tensorboard).exists() and not Path(self.tensorboard).is_dir():
-            raise ValueError(f"--tensorboard {self.tensorboard}: is a file; expected a directory")
+            raise OptionError("tensorboard", self.tensorboard, "a directory, not a file")
 
     @property
     def trained(self) -> bool:
@@ -145,28 +143,24 @@ class _Job:
 @command("ntk-ensembles run")
 def run_command(arguments: list[str], prog: str) -> int:
     """Execute programs; exit status 0 if all halted without a wrong bit, 1 if not, 2 for bad input."""
-    parser = _parser(prog)
-    values = vars(parser.parse_args(_one_setting_each(arguments)))
-    names, settings = values.pop("program"), values.pop("set") or []
-    try:
-        options = ExecutionOptions(**values)
-        _check_together(options, names, settings)
-        run = _open_run(options) if options.trained else None
-        if options.batch is None:
-            task, jobs = _load_programs(options, names, settings, run)
-        else:
-            task, jobs = _load_lines(options, run)
-        backend = _open_backend(options, task, run)
-    except ValueError as error:
-        parser.error(str(error))
+    values = _parser(prog).parse(arguments)
+    names, settings = values.pop("program"), values.pop("set")
+    options = ExecutionOptions(**values)
+    _check_together(options, names, settings)
+    run = _open_run(options) if options.trained else None
+    if options.batch is None:
+        task, jobs = _load_programs(options, names, settings, run)
+    else:
+        task, jobs = _load_lines(options, run)
+    backend = _open_backend(options, task, run)
     if options.batch is not None or len(jobs) > 1:
         return _run_many(task, backend, jobs)
     return _run_one(task, backend, jobs[0], options)
 
 
-def _parser(prog: str) -> OneLineParser:
+def _parser(prog: str) -> Parser:
     names = ", ".join(sorted({program.name for program in library_programs()}))
-    parser = OneLineParser(prog=prog, description=_DESCRIPTION, epilog=f"Programs of the library: {names}.")
+    parser = Parser(prog, _DESCRIPTION, epilog=f"Programs of the library: {names}.")
     parser.add_argument(
         "program",
         nargs="*",
@@ -177,28 +171,22 @@ def _parser(prog: str) -> OneLineParser:
     parser.add_argument(
         "--set",
         metavar="LABEL=VALUE",
-        action="append",
-        help="Put a word into memory before the start, at a label, label+1 or an address. Takes several.",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="Put a word into memory before the start, at a label, label+1 or an address. Takes several; a PROGRAM "
+        "comes before.",
     )
     parser.add_options(ExecutionOptions)
-    parser.finish()
     return parser
-
-
-def _one_setting_each(arguments: Sequence[str]) -> list[str]:
-    """``--set x=1 y=2`` as ``--set x=1 --set y=2``, and all else as it is."""
-    spread: list[str] = []
-    for position, argument in enumerate(arguments):
-        follows = position >= 2 and spread[-2] == "--set" and re.fullmatch(r"[A-Za-z0-9_][-+A-Za-z0-9_]*=.*", argument)
-        spread += ["--set", argument] if follows else [argument]
-    return spread
 
 
 def _check_together(options: ExecutionOptions, names: Sequence[str], settings: Sequence[str]) -> None:
     if options.batch is not None and (names or settings):
         raise ValueError("--batch has programs of its own; expected neither PROGRAM nor --set beside it")
     if options.batch is None and not names:
-        raise ValueError("expected a PROGRAM, a file or a name of the library, or --batch FILE")
+        where = " before --set" if settings else ""
+        raise ValueError(f"expected a PROGRAM{where}, a file or a name of the library, or --batch FILE")
     alone = [*options.records, *(["watch"] if options.watch else [])]
     if alone and (options.batch is not None or len(names) > 1):
         raise ValueError(f"--{alone[0]} shows one program; expected a single PROGRAM")
@@ -238,6 +226,16 @@ def _open_run(options: ExecutionOptions) -> Run:
         raise ValueError(f"--backend {error}") from None
 
 
+def _load(name: str, branch: Branch, word_bits: int, cells: int | None = None) -> Assembly:
+    """Load a program, and name a similar one of the library where there is none of that name."""
+    try:
+        return load_program(name, branch=branch, cells=cells, word_bits=word_bits)
+    except ValueError as error:
+        names = {program.name for program in library_programs()}
+        hint = "" if name in names or Path(name).exists() else suggestion(name, names)
+        raise ValueError(f"{error}{hint}") from error
+
+
 def _open_backend(options: ExecutionOptions, task: SBN, run: Run | None) -> _Backend:
     if options.backend == "interpreter":
         return _Backend(None, "the interpreter")
@@ -248,7 +246,8 @@ def _open_backend(options: ExecutionOptions, task: SBN, run: Run | None) -> _Bac
 
     try:
         members = converged_members(run, options.members)
-        with WorkProgress("members", len(members), console(stderr=True)) as progress:
+        total = len(members)
+        with Progress("members", total, console(stderr=True), describe=lambda done: f"{done:.0f}/{total}") as progress:
             ensemble = Ensemble.of(run, members, progress=progress.advance)
     except ValueError as error:
         raise ValueError(f"--backend {error}") from None
@@ -262,11 +261,11 @@ def _load_programs(
     """Programs of the library and of files, and a machine for them."""
     task = _machine(options, run, _CELLS_MIN)
     if options.cells is None and run is None:
-        loaded = [load_program(name, branch=task.branch, word_bits=task.word_bits) for name in names]
+        loaded = [_load(name, task.branch, task.word_bits) for name in names]
         task = _machine(options, run, max(assembly.cells for assembly in loaded))
     jobs = []
     for name in names:
-        assembly = load_program(name, branch=task.branch, cells=task.cells, word_bits=task.word_bits)
+        assembly = _load(name, task.branch, task.word_bits, task.cells)
         try:
             state = task.machine.load(assembly.words)
             state = replace(state, memory=_put(settings, assembly, state.memory, task.machine))
@@ -360,24 +359,18 @@ def _record(execution: ProgramResult) -> dict[str, Any]:
 
 
 def _advance(batch: ProgramBatch, limit: int) -> None:
-    """Run a batch to its end, and say how far it is: in place in a terminal, a line now and then in a pipe."""
-    shown = console(stderr=True)
-    started_at = said_at = time.monotonic()
-    executed = 0
-    with shown.status("") if shown.is_terminal else nullcontext() as status:
+    """Execute a batch to its end and show how far it is."""
+    executed, updated_at = 0, time.monotonic()
+    with Progress(
+        "instruction", None, console(stderr=True), describe=lambda done: f"{done:,.0f} of at most {limit:,}"
+    ) as progress:
         while batch.unfinished:
             batch.advance()
             executed += 1
-            now = time.monotonic()
-            if now - said_at < (_SECONDS_BETWEEN_LINES if status is None else _SECONDS_BETWEEN_UPDATES):
-                continue
-            said_at = now
-            ended = f"{len(batch) - len(batch.unfinished)}/{len(batch)} programs ended"
-            text = f"{ended}; instruction {executed:,} of at most {limit:,}, {now - started_at:.0f} s"
-            if status is None:
-                shown.print(text, highlight=False)
-            else:
-                status.update(text)
+            # Counting what has ended takes as long as an instruction of a large batch.
+            if time.monotonic() - updated_at >= _SECONDS_BETWEEN_UPDATES:
+                updated_at = time.monotonic()
+                progress.update(executed, f"{len(batch) - len(batch.unfinished)}/{len(batch)} programs ended")
 
 
 def _run_many(task: SBN, backend: _Backend, jobs: Sequence[_Job]) -> int:

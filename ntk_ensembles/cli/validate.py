@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import math
 import operator
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ntk_ensembles.cli.parsing import parse_choice
-from ntk_ensembles.cli.progress import WorkProgress
-from ntk_ensembles.cli.terminal import command, console
+from ntk_ensembles.cli.main import command
+from ntk_ensembles.cli.options import DecoderOptions, OutputOptions
+from ntk_ensembles.cli.parsing import parse_task
+from ntk_ensembles.console import Progress, console
 from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.tasks import SBN, TASKS, Branch, Task, TaskError, load_task_class
 from ntk_ensembles.tasks.evaluation import checked_inputs, num_micro_steps
 from ntk_ensembles.templates import MatchBounds, TemplateSet
-from ntk_ensembles.theory import DECODERS, TIE, Decoder, NTKExecutor, TemplatePredictor, sign_padding
+from ntk_ensembles.theory import TIE, Decoder, NTKExecutor, TemplatePredictor, sign_padding
 from ntk_ensembles.theory.validation import Tally, validate_programs, validate_task
 
 _DESCRIPTION = (
@@ -37,8 +37,8 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class ValidateOptions:
-    """Which inputs and decoders to validate, and how to print the outcome."""
+class ValidateOptions(OutputOptions, DecoderOptions):
+    """Options of a validation."""
 
     max_bits: int | None = None
     """Every length from 1 to this, 1 to 12, of a task with an option --bits; by default the task's own length."""
@@ -48,12 +48,6 @@ class ValidateOptions:
 
     seed: int = 0
     """Seed of random inputs, where not all are run."""
-
-    decode: Literal["midpoint", "sign", "both"] = "both"
-    """Decoder; sign gets the padding templates that make it exact for all states."""
-
-    json: bool = False
-    """Print one JSON object instead of a table."""
 
     def __post_init__(self) -> None:
         """Check the options' ranges.
@@ -66,11 +60,6 @@ class ValidateOptions:
         if self.inputs is not None:
             check_range("inputs", self.inputs, 1, 1_000_000_000)
         check_range("seed", self.seed, 0, (1 << 63) - 1)
-
-    @property
-    def decoders(self) -> tuple[Decoder, ...]:
-        """The decoders asked for."""
-        return DECODERS if self.decode == "both" else (self.decode,)
 
 
 @dataclass(frozen=True)
@@ -121,7 +110,7 @@ _PROGRAM_COLUMNS = {
 @command("ntk-ensembles validate")
 def validate_command(arguments: list[str], prog: str) -> int:
     """Print a validation; exit status 0 if nothing fails, 1 if something does, 2 for bad input."""
-    chosen, options, values = parse_choice(arguments, prog, _DESCRIPTION, _find, list(TASKS), ValidateOptions)
+    chosen, options, values = parse_task(arguments, prog, _DESCRIPTION, ValidateOptions, find=_find)
     started_at = time.monotonic()
     if isinstance(chosen, RandomPrograms):
         for name in ("max_bits", "inputs"):
@@ -137,10 +126,7 @@ def validate_command(arguments: list[str], prog: str) -> int:
         "failures": sum(tally["failures"] for row in rows for tally in row["tallies"].values()),
         "seconds": time.monotonic() - started_at,
     }
-    if options.json:
-        print(json.dumps(results, allow_nan=False))
-    else:
-        _show(results, console())
+    options.show(results, lambda out: _show(results, out))
     return 1 if results["failures"] else 0
 
 
@@ -158,7 +144,7 @@ def _validate_tasks(task: Task[Any, Any], options: ValidateOptions) -> list[Row]
         tasks = [type(task).from_options({**task.options, "bits": bits}) for bits in lengths]
     work = [(one, *_choose_inputs(one, options)) for one in tasks]
     rows = []
-    with WorkProgress(task.name, sum(steps * count for *_, steps, count in work), console(stderr=True)) as progress:
+    with Progress(task.name, sum(steps * count for *_, steps, count in work), console(stderr=True)) as progress:
         for one, inputs, steps, _ in work:
             bits = one.options.get("bits")
             label = one.name if bits is None else f"{one.name}, {bits} bits"
@@ -189,7 +175,7 @@ def _choose_inputs(task: Task[Any, Any], options: ValidateOptions) -> tuple[Iter
 def _validate_programs(chosen: RandomPrograms, options: ValidateOptions) -> Row:
     task = chosen.make_task()
     checked = _Checked(task.templates, options.decoders)
-    with WorkProgress(task.name, chosen.instructions, console(stderr=True)) as progress:
+    with Progress(task.name, chosen.instructions, console(stderr=True)) as progress:
         report = validate_programs(
             task,
             checked.executors,

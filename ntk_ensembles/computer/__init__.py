@@ -1,8 +1,8 @@
 """Programs for the one-instruction computer: assembled, found in the library, run side by side, and displayed.
 
 `assembler` turns source into words and back, and `library` finds programs: those in ``programs/*.asm``, and files of a
-user's. `batch` runs programs on the interpreter, on the NTK limit, or on trained members; `display` keeps and draws what
-happened, and shows it in a terminal. The interpreter itself is `ntk_ensembles.tasks.Machine`.
+user's. `batch` runs programs on the interpreter, on the NTK limit, or on trained members; `display` shows them in a
+terminal, as a trace file, and as a figure. The interpreter itself is `ntk_ensembles.tasks.Machine`.
 """
 
 from ntk_ensembles.computer.assembler import Assembly, AssemblyError, SourceSpan, assemble, cells_for, disassemble

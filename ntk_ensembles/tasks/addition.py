@@ -84,7 +84,8 @@ class Addition(Task[tuple[Number, Number], Number]):
 
     def read_output(self, fields: dict[str, Any]) -> Number:
         """Return the sum: p, with the top carry above it."""
-        return fields["p"] + (fields["carry"] >> (self.bits - 1) << self.bits)
+        output: Number = fields["p"] + (fields["carry"] >> (self.bits - 1) << self.bits)
+        return output
 
     def reference(self, task_input: tuple[Number, Number]) -> Number:
         """Return the sum."""

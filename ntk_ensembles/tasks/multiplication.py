@@ -125,7 +125,10 @@ class Multiplication(Task[tuple[Number, Number], Number]):
         )
 
     def all_inputs(self) -> Iterable[tuple[int, int]] | None:
-        """Return all pairs, those with one multiplier, which take about equally long, together; None if they are more than `LISTED_INPUTS`."""
+        """Return all pairs; None if they are more than `LISTED_INPUTS`.
+
+        Those with one multiplier, which take about equally long, come together.
+        """
         return Pairs(1 << self.bits) if 1 << 2 * self.bits <= LISTED_INPUTS else None
 
     def initial_fields(self, task_input: tuple[Number, Number]) -> dict[str, Any]:
@@ -134,7 +137,8 @@ class Multiplication(Task[tuple[Number, Number], Number]):
 
     def read_output(self, fields: dict[str, Any]) -> Number:
         """Return the product, in p."""
-        return fields["p"]
+        output: Number = fields["p"]
+        return output
 
     def reference(self, task_input: tuple[Number, Number]) -> Number:
         """Return the product."""

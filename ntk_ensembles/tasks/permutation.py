@@ -97,7 +97,8 @@ class Permutation(Task[Number, Number]):
 
     def read_output(self, fields: dict[str, Any]) -> Number:
         """Return the word in x."""
-        return fields["x"]
+        output: Number = fields["x"]
+        return output
 
     def reference(self, task_input: Number) -> Number:
         """Return the permuted word."""

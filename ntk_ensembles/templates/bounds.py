@@ -213,8 +213,8 @@ def conflict_masks(
     Args:
         templates: Templates of the task.
         indices: Templates to consider; position p among them is bit p of a mask.
-        exclusive: Pairs of bits that are never both 1, as for `MatchBounds`. A template that needs such a pair conflicts
-            with itself: it never matches.
+        exclusive: Pairs of bits that are never both 1, as for `MatchBounds`. A template that needs such a pair
+            conflicts with itself: it never matches.
     """
     wanting_one, wanting_zero = [0] * templates.layout.bits, [0] * templates.layout.bits
     for position, index in enumerate(indices):

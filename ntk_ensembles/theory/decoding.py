@@ -142,7 +142,7 @@ def margin_table(
     """Tabulate means, decoded bits and margins: predictions depend on nothing but s, C_j and F_j.
 
     Args:
-        predictor: Theory, padding included.
+        predictor: LimitPrediction, padding included.
         decoder: One of `DECODERS`.
         num_matches_max: Largest s.
         set_counts: C_j of each column.
@@ -180,8 +180,8 @@ def bit_error_probability(
 
     Where σ = 0 it is 0 or 1 by the margin's sign. A margin of at most `TIE` is a tie, decoded at
     random: 1/2, even where σ = 0. Only the sign decoder has ties, at bits whose mean is exactly 0 (no template sets
-    them, or s = 1), and there a finite ensemble falls to either side. The zero state is no tie: a network without biases
-    outputs exactly 0, and `thresholds` leaves a wide margin.
+    them, or s = 1), and there a finite ensemble falls to either side. The zero state is no tie: a network without
+    biases outputs exactly 0, and `thresholds` leaves a wide margin.
 
     Args:
         margins: Margins from `margins`.
@@ -272,7 +272,7 @@ def exact_match_band(
     scaled by 1/√N. Ties are decoded at random, as in `bit_error_probability`.
 
     Args:
-        predictor: Theory of the ensemble.
+        predictor: LimitPrediction of the ensemble.
         matches: Templates that match each evaluation state.
         next_states: True next states.
         decoder: One of `DECODERS`.

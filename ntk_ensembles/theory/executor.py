@@ -76,10 +76,10 @@ class Stepper(Protocol[BatchT]):
 
     @property
     def states_at_once(self) -> int:
-        """Largest number of states that are best loaded together."""
+        """Largest number of states that are best put into one batch."""
         ...
 
-    def load(self, states: Bool[Tensor, "states bits"]) -> BatchT:
+    def to_batch(self, states: Bool[Tensor, "states bits"]) -> BatchT:
         """Return states as a batch.
 
         Raises:
@@ -91,7 +91,7 @@ class Stepper(Protocol[BatchT]):
         """Predict, decode and compare one micro-step of every state."""
         ...
 
-    def unload(self, batch: BatchT) -> Bool[Tensor, "states bits"]:
+    def to_states(self, batch: BatchT) -> Bool[Tensor, "states bits"]:
         """Return the states of a batch."""
         ...
 
@@ -105,7 +105,7 @@ class TensorStepper:
 
     states_at_once = 1 << 16
 
-    def load(self, states: Bool[Tensor, "states bits"]) -> Bool[Tensor, "states bits"]:
+    def to_batch(self, states: Bool[Tensor, "states bits"]) -> Bool[Tensor, "states bits"]:
         """Return the states themselves."""
         return states
 
@@ -113,7 +113,7 @@ class TensorStepper:
     def step(self, batch: Bool[Tensor, "states bits"]) -> Step[Bool[Tensor, "states bits"]]:
         """Predict, decode and compare one micro-step of every state."""
 
-    def unload(self, batch: Bool[Tensor, "states bits"]) -> Bool[Tensor, "states bits"]:
+    def to_states(self, batch: Bool[Tensor, "states bits"]) -> Bool[Tensor, "states bits"]:
         """Return the batch itself."""
         return batch
 
@@ -136,7 +136,7 @@ def decoded_step(
         states: States that were predicted from.
         mean: Mean output of the ensemble.
         decoder: One of `DECODERS`.
-        predictor: Theory of the ensemble, for the thresholds.
+        predictor: LimitPrediction of the ensemble, for the thresholds.
         num_matches: Number of templates s that match each state.
         set_counts: Number C_j of these that set bit j.
     """
@@ -198,7 +198,7 @@ def micro_steps_of(
         step = stepper.step(batch)
         yield rows, step
         if stop is not None:
-            if stop(stepper.unload(batch), stepper.unload(step.batch)):
+            if stop(stepper.to_states(batch), stepper.to_states(step.batch)):
                 return
         elif not every and not step.moved.all():
             if not step.moved.any():
@@ -236,7 +236,7 @@ def rollout(
     if micro_steps < 0:
         raise ValueError(f"{micro_steps} micro-steps: expected at least 0")
     together = max(len(states), 1) if stop else stepper.states_at_once
-    chunks = [_roll_chunk(stepper, chunk, micro_steps, trace, stop) for chunk in states.split(together)]
+    chunks = [_roll_chunk(stepper, chunk, micro_steps, trace, stop) for chunk in torch.split(states, together)]
     if len(chunks) == 1:
         return chunks[0]
     traces = [chunk.trace for chunk in chunks if chunk.trace is not None]
@@ -262,7 +262,7 @@ def _roll_chunk(
     finals = states.clone()
     steps: list[Step[Any]] = []
     last: tuple[Tensor | None, Step[Any] | None] = None, None
-    for rows, step in micro_steps_of(stepper, stepper.load(states), micro_steps, every=trace, stop=stop):
+    for rows, step in micro_steps_of(stepper, stepper.to_batch(states), micro_steps, every=trace, stop=stop):
         if rows is None:
             torch.minimum(margins, step.margins, out=margins)
             agreed &= step.agreed
@@ -270,12 +270,12 @@ def _roll_chunk(
             margins[rows] = margins[rows].minimum(step.margins)
             agreed[rows] &= step.agreed
         if last[1] is not None and last[0] is not rows:
-            _put(finals, last[0], stepper.unload(last[1].batch))
+            _put(finals, last[0], stepper.to_states(last[1].batch))
         last = rows, step
         if trace:
             steps.append(step)
     if last[1] is not None:
-        _put(finals, last[0], stepper.unload(last[1].batch))
+        _put(finals, last[0], stepper.to_states(last[1].batch))
     return Rollout(finals, margins, agreed, _joined(stepper, states, steps) if trace else None)
 
 
@@ -286,7 +286,7 @@ def _put(finals: Tensor, rows: Tensor | None, states: Tensor) -> None:
 def _joined(stepper: Stepper[Any], states: Bool[Tensor, "states bits"], steps: Sequence[Step[Any]]) -> Trace:
     none = torch.empty(0, len(states), dtype=torch.float64)
     return Trace(
-        torch.stack([states, *(stepper.unload(step.batch) for step in steps)]),
+        torch.stack([states, *(stepper.to_states(step.batch) for step in steps)]),
         torch.cat([none, *(step.margins[None] for step in steps)]),
         torch.cat([none.bool(), *(step.agreed[None] for step in steps)]),
     )
@@ -350,7 +350,7 @@ class NTKExecutor:
             self._predict_planes(states[lanes], mean[:, lanes], variance[lanes])
         return Gaussian(torch.from_numpy(mean).T, torch.from_numpy(variance))
 
-    def load(self, states: Bool[Tensor, "states bits"]) -> NTKBatch:
+    def to_batch(self, states: Bool[Tensor, "states bits"]) -> NTKBatch:
         """Return states on bit planes, or as they are if they are few.
 
         Raises:
@@ -363,7 +363,7 @@ class NTKExecutor:
         """Look up one micro-step of every state."""
         return self._step_planes(batch) if isinstance(batch, PlaneBatch) else self._step_few(batch)
 
-    def unload(self, batch: NTKBatch) -> Bool[Tensor, "states bits"]:
+    def to_states(self, batch: NTKBatch) -> Bool[Tensor, "states bits"]:
         """Return the states of a batch."""
         return unpack(batch.planes, batch.count) if isinstance(batch, PlaneBatch) else torch.from_numpy(batch)
 

@@ -256,11 +256,11 @@ class _Checker:
         self.tallies = [Tally() for _ in executors]
         self.micro_steps = 0
 
-    def load(self, states: Bool[Tensor, "states bits"]) -> _CheckedBatch:
+    def to_batch(self, states: Bool[Tensor, "states bits"]) -> _CheckedBatch:
         """Return states on bit planes."""
-        return self.load_planes(pack(states), len(states))
+        return self.batch_of_planes(pack(states), len(states))
 
-    def load_planes(self, planes: UInt64[Planes, "bits columns"], count: int) -> _CheckedBatch:
+    def batch_of_planes(self, planes: UInt64[Planes, "bits columns"], count: int) -> _CheckedBatch:
         """Return the first ``count`` lanes of planes."""
         lanes = np.arange(planes.shape[1] * LANES) < count
         active = from_integers(lanes.astype(np.uint8), 1)[0]
@@ -290,7 +290,7 @@ class _Checker:
             torch.from_numpy(to_mask(active)),
         )
 
-    def unload(self, batch: _CheckedBatch) -> Bool[Tensor, "states bits"]:
+    def to_states(self, batch: _CheckedBatch) -> Bool[Tensor, "states bits"]:
         """Return the states of all lanes."""
         return unpack(batch.planes, batch.planes.shape[1] * LANES)
 
@@ -428,7 +428,7 @@ def _check_groups(
     failed: list[list[NDArray[np.intp]]] = [[] for _ in checker.tallies]
     for limit in np.unique(limits).tolist():
         rows = np.flatnonzero(limits == limit)
-        batch = checker.run(checker.load_planes(start(rows), len(rows)), limit)
+        batch = checker.run(checker.batch_of_planes(start(rows), len(rows)), limit)
         output_wrong = wrong(batch.planes, rows)
         for row, lanes in enumerate(batch.failed):
             failed[row].append(rows[to_mask(lanes)[: len(rows)] | output_wrong])
@@ -470,7 +470,7 @@ def validate_programs(
     ages = [0] * computers
     executed, memories, halted = 0, computers, 0
     while executed < instructions:
-        batch = checker.run(checker.load(task.pack(states)), task.micro_steps_per_instruction)
+        batch = checker.run(checker.to_batch(task.pack(states)), task.micro_steps_per_instruction)
         next_states = [machine.step(state) for state in states]
         wrong = np.bitwise_or.reduce(batch.planes ^ pack(task.pack(next_states)), axis=0)
         checker.fail(
