@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ntk_ensembles.training.environment import environment as recorded_environment
 from timing import rate
 from torch import Tensor
 
 from ntk_ensembles import SBN, TemplatePredictor
 from ntk_ensembles.tasks import Program
 from ntk_ensembles.theory import decode, margins, thresholds
-from ntk_ensembles.theory.execution import NTKExecutor
-from ntk_ensembles.training.environment import environment as recorded_environment
+from ntk_ensembles.theory.executor import NTKExecutor, rollout
 
 SIZES = ((16, 8), (32, 8), (64, 8), (256, 16))
 BATCH = 16384
@@ -57,13 +57,13 @@ def compare(task: SBN, rounds: int) -> dict[str, Any]:
     """The figures of one machine."""
     states = random_states(task, BATCH)
     executor, predictor = NTKExecutor(task.templates), TemplatePredictor(task.templates)
-    steps = task.step_micro_steps
-    done = executor.run(states, steps)
+    steps = task.micro_steps_per_instruction
+    done = rollout(executor, states, steps)
     if not done.agreed.all():
         sys.exit(f"{task!r}: the NTK mean has left the OR-machine")
     work: dict[str, tuple[Callable[[], object], int]] = {
-        "batch": (lambda: executor.run(states, steps), BATCH),
-        "single": (lambda: executor.run(states[:1], steps), 1),
+        "batch": (lambda: rollout(executor, states, steps), BATCH),
+        "single": (lambda: rollout(executor, states[:1], steps), 1),
     }
     if len(task.templates) <= DENSE_TEMPLATES_MAX:
         if not torch.equal(dense_run(predictor, states[:DENSE_BATCH], steps), done.states[:DENSE_BATCH]):
@@ -93,7 +93,7 @@ def against(row: dict[str, Any], name: str) -> str:
 def random_states(task: SBN, count: int) -> Tensor:
     """Random memories, about to fetch."""
     programs = (value for value in task.inputs(random.Random(0)) if isinstance(value, Program))
-    return torch.stack([task.layout.pack(task.fields(next(programs))) for _ in range(count)])
+    return torch.stack([task.initial_state(next(programs)) for _ in range(count)])
 
 
 def dense_run(predictor: TemplatePredictor, states: Tensor, steps: int) -> Tensor:
@@ -102,7 +102,7 @@ def dense_run(predictor: TemplatePredictor, states: Tensor, steps: int) -> Tenso
     for _ in range(steps):
         matches = templates.matches(states)
         mean, levels = predictor.predict(matches).mean, thresholds("midpoint", predictor, matches.sum(1))
-        margins(mean, levels, templates.counts(matches) > 0).min(1)
+        margins(mean, levels, templates.set_counts(matches) > 0).min(1)
         states = decode(mean, levels)
     return states
 

@@ -13,7 +13,8 @@ import json
 import random
 from typing import get_args
 
-from ntk_ensembles.sbn import Branch, LibraryProgram, Machine, library
+from ntk_ensembles.computer import LibraryProgram, library_programs
+from ntk_ensembles.tasks import Branch, Machine
 
 ATTEMPTS_MAX = 10_000
 
@@ -22,15 +23,15 @@ def main() -> None:
     """Print a line a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, default=32, help="of the machine")
-    parser.add_argument("--word", type=int, default=8, help="bits of a cell")
+    parser.add_argument("--word-bits", type=int, default=8, help="bits of a cell")
     parser.add_argument("--branch", choices=get_args(Branch), default="negative", help="the branch rule")
     parser.add_argument("--each", type=int, default=12, help="cases of each program")
     parser.add_argument("--max-instructions", type=int, default=200, help="a case has at most so many instructions")
     parser.add_argument("--seed", type=int, default=0, help="draws the inputs")
     options = parser.parse_args()
     generator = random.Random(options.seed)
-    machine = Machine(options.cells, options.word, options.branch)
-    for program in library():
+    machine = Machine(options.cells, options.word_bits, options.branch)
+    for program in library_programs():
         fits = program.cells == options.cells if program.exact else program.cells <= options.cells
         if options.branch in program.branches and fits:
             for _ in range(options.each):
@@ -40,11 +41,11 @@ def main() -> None:
 
 def draw(program: LibraryProgram, machine: Machine, instructions_max: int, generator: random.Random) -> list[int]:
     """A program with inputs, which halts within so many instructions."""
-    assembly = program.assemble(cells=machine.cells, word=machine.word)
+    assembly = program.assemble(cells=machine.cells, word_bits=machine.word_bits)
     for _ in range(ATTEMPTS_MAX):
         words = list(assembly.words)
         for field in program.inputs:
-            low, high = field.bounds(machine.word)
+            low, high = field.bounds(machine.word_bits)
             start = assembly.address(field.label)
             words[start : start + field.count] = [generator.randint(low, high) for _ in range(field.count)]
         state, _ = machine.run(machine.load(words), instructions_max)

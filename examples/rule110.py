@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from ntk_ensembles.tasks import StateLayout, Task, Template, check_range
+from ntk_ensembles.errors import check_range
+from ntk_ensembles.tasks import Task
+from ntk_ensembles.templates import StateLayout, Template
 
 # The neighbourhoods (left, cell, right) in which the next generation's cell is alive. Everything else
 # follows from "a bit that no template sets becomes 0".
@@ -33,11 +35,11 @@ class Rule110(Task[tuple[int, int], int]):
     """Steps of the elementary cellular automaton 110 on a ring: one bit and five templates a cell.
 
     Args:
-        cells: size of the ring, 3 to 1024.
-        generations: steps of each execution that is evaluated, 1 to 65536.
+        cells: Size of the ring, 3 to 1024.
+        generations: Number of generations from each input, 1 to 65536.
 
     Raises:
-        ValueError: an option outside its range.
+        OptionError: An option is outside its range.
     """
 
     name = "rule110"
@@ -52,8 +54,8 @@ class Rule110(Task[tuple[int, int], int]):
         self.layout = StateLayout(ring=cells)
 
     # What the networks are trained on. A template: if these bits are 1 and those 0, set these.
-    def rules(self) -> Iterator[Template]:
-        """Five templates a cell, one for each neighbourhood that makes it alive."""
+    def make_templates(self) -> Iterator[Template]:
+        """Yield five templates a cell, one for each neighbourhood that makes it alive."""
         ring = self.layout["ring"]
         for cell in range(self.cells):
             around = [ring[(cell - 1) % self.cells], ring[cell], ring[(cell + 1) % self.cells]]
@@ -65,50 +67,49 @@ class Rule110(Task[tuple[int, int], int]):
                     sets=[ring[cell]],
                 )
 
-    # What it is judged on: telling inputs first, then random ones for as long as the caller asks.
+    # What it is evaluated on: telling inputs first, then random ones for as long as the caller asks.
     def inputs(self, generator: random.Random) -> Iterator[tuple[int, int]]:
-        """One living cell, all of them, and then random generations."""
+        """Yield one living cell, all of them, and then random generations."""
         yield 1 << (self.cells - 1), self.generations
         yield (1 << self.cells) - 1, self.generations
         while True:
             yield generator.getrandbits(self.cells), self.generations
 
-    def fields(self, value: tuple[int, int]) -> dict[str, int]:
-        """The first generation."""
-        return {"ring": value[0]}
+    def initial_fields(self, task_input: tuple[int, int]) -> dict[str, int]:
+        """Put the first generation into the ring."""
+        return {"ring": task_input[0]}
 
-    def output(self, fields: dict[str, int]) -> int:
-        """The last generation."""
+    def read_output(self, fields: dict[str, int]) -> int:
+        """Return the last generation."""
         return fields["ring"]
 
     # The meaning in plain integers, never by templates. Every evaluation input is checked against it before
     # training, so a wrong template is found at once. Bit 0 is the leftmost cell, so left neighbours come
     # from a shift up.
-    def reference(self, value: tuple[int, int]) -> int:
-        """The last generation: a cell lives if it differs from its right neighbour, or lives and its left does not."""
+    def reference(self, task_input: tuple[int, int]) -> int:
+        """Return the last generation: a cell lives if it differs from its right neighbour, or lives and its left not."""
         full = (1 << self.cells) - 1
-        ring, generations = value
+        ring, generations = task_input
         for _ in range(generations):
             left = (ring << 1 | ring >> (self.cells - 1)) & full
             right = (ring >> 1 | ring << (self.cells - 1)) & full
             ring = (ring ^ right) | (ring & ~left & full)
         return ring
 
-    def micro_steps(self, value: tuple[int, int]) -> int:
-        """One a generation."""
-        return value[1]
+    def num_micro_steps(self, task_input: tuple[int, int]) -> int:
+        """Return one a generation."""
+        return task_input[1]
 
 
 def space_time(run: Path, generations: int) -> torch.Tensor:
-    """Generations of the ring as the run's ensemble computes them, one a row, from one living cell."""
-    from ntk_ensembles import Ensemble
+    """Return generations of the ring as the run's ensemble computes them, one a row, from one living cell."""
+    from ntk_ensembles import Ensemble, rollout
 
     ensemble = Ensemble.load(run)
-    state = ensemble.task.layout.pack({"ring": 1 << (ensemble.task.layout.bits - 1)})[None]
-    rows = [state]
-    for _ in range(generations):
-        rows.append(ensemble.step(rows[-1]).successors)
-    return torch.cat(rows)
+    start = ensemble.task.layout.pack({"ring": 1 << (ensemble.task.layout.bits - 1)})
+    trace = rollout(ensemble, start[None], generations, trace=True).trace
+    assert trace is not None
+    return trace.states[:, 0]
 
 
 def main() -> None:

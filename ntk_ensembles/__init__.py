@@ -4,8 +4,8 @@ Implements and extends Back de Luca, Giapitzakis, Fountoulakis, "Learning to Add
 Algorithmic Instructions Exactly with Neural Networks" (arXiv:2502.16763).
 
 `tasks` give templates, templates are the training set, `theory` gives the mean and variance of what is
-learned, `ensemble` trains members that approach them, `training` makes whole runs through Lightning, `runs` holds runs as
-data and loads them again, `sbn` is the one-instruction computer, `validation` tries every input.
+learned, `ensemble` trains members that approach them, `training` makes whole runs through Lightning, `runs` holds runs
+as data and loads them again, `computer` is the one-instruction computer.
 """
 
 import importlib

@@ -57,7 +57,7 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
     else:
         evaluation = EvaluationSet.sample(experiment.task, options.evaluation_states, options.evaluation_seed)
         antisymmetric = experiment.options.init == "antisymmetric"
-        limit = LimitPrediction(experiment.task.templates, evaluation, antisymmetric=antisymmetric)
+        limit = LimitPrediction(experiment.task, evaluation, antisymmetric=antisymmetric)
         deviations = _deviations(run, members, limit, options.messages)
     rows = convergence_rows(limit, deviations, sizes)
     results = {

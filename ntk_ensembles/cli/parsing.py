@@ -21,7 +21,7 @@ import ntk_ensembles
 from ntk_ensembles.cli.main import suggestion
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import read_options
-from ntk_ensembles.tasks import TASKS, find_task
+from ntk_ensembles.tasks import TASKS, load_task_class
 
 OptionsT = TypeVar("OptionsT")
 
@@ -116,7 +116,7 @@ def parse_task(
     prog: str,
     description: str,
     options: type[OptionsT],
-    find: Callable[[str], type[Any]] = find_task,
+    find: Callable[[str], type[Any]] = load_task_class,
     names: Sequence[str] = (*TASKS, "file.py:Class"),
 ) -> tuple[Any, OptionsT, dict[str, Any]]:
     """Parse a command line whose flags depend on the task that ``--task`` names.

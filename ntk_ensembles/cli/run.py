@@ -17,14 +17,21 @@ from rich.text import Text
 from ntk_ensembles.cli.main import command, suggestion
 from ntk_ensembles.cli.options import OutputOptions
 from ntk_ensembles.cli.parsing import Parser
+from ntk_ensembles.computer import (
+    Assembly,
+    ProgramBatch,
+    ProgramResult,
+    cells_for,
+    find_program,
+    library_programs,
+    load_program,
+)
+from ntk_ensembles.computer.display import Watch, memory_table
 from ntk_ensembles.console import Progress, console
 from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.files import write_atomically
-from ntk_ensembles.sbn import Assembly, Branch, Machine, cells_for, find_program, library, load_program
-from ntk_ensembles.sbn.execution import Batch, Execution, Executor
-from ntk_ensembles.sbn.watch import Watch, memory_table
-from ntk_ensembles.tasks.sbn import SBN, Program
-from ntk_ensembles.theory.execution import NTKExecutor
+from ntk_ensembles.tasks import SBN, Branch, Machine, Program
+from ntk_ensembles.theory import NTKExecutor, Stepper
 
 if TYPE_CHECKING:
     from ntk_ensembles.runs import Run
@@ -34,7 +41,7 @@ _DESCRIPTION = (
     "ensemble, and compare every bit with the interpreter. The quickest look: gcd --watch. Exit status 0 if every "
     "program has halted without a wrong bit, 1 if not, 2 for bad input."
 )
-_WORD = 8
+_WORD_BITS = 8
 _BRANCH: Branch = "negative"
 _CELLS_MIN, _CELLS_MAX = 4, 256
 _INSTRUCTIONS_MAX = 1_000_000_000
@@ -51,7 +58,7 @@ class ExecutionOptions(OutputOptions):
     cells: int | None = None
     """Memory cells, a power of two, 4 to 256. By default as few as hold the programs; those of the run."""
 
-    word: int | None = None
+    word_bits: int | None = None
     """Bits of a cell, 2 to 16. By default 8; those of the run."""
 
     branch: Branch | None = None
@@ -121,7 +128,7 @@ class ExecutionOptions(OutputOptions):
 class _Backend:
     """What executes: the interpreter where ``executor`` is None."""
 
-    executor: Executor | None
+    executor: Stepper[Any] | None
     description: str
 
 
@@ -152,7 +159,7 @@ def run_command(arguments: list[str], prog: str) -> int:
 
 
 def _parser(prog: str) -> Parser:
-    names = ", ".join(sorted({program.name for program in library()}))
+    names = ", ".join(sorted({program.name for program in library_programs()}))
     parser = Parser(prog, _DESCRIPTION, epilog=f"Programs of the library: {names}.")
     parser.add_argument(
         "program",
@@ -193,17 +200,19 @@ def _machine(options: ExecutionOptions, run: Run | None, cells: int) -> SBN:
         cells = options.cells
     elif cells > _CELLS_MAX:
         raise ValueError(f"the program needs {cells} cells; a machine has at most {_CELLS_MAX}")
-    return SBN(cells, _WORD if options.word is None else options.word, options.branch or _BRANCH)
+    return SBN(cells, _WORD_BITS if options.word_bits is None else options.word_bits, options.branch or _BRANCH)
 
 
 def _trained_machine(options: ExecutionOptions, run: Run) -> SBN:
     task = run.experiment.task
     if not isinstance(task, SBN):
         raise ValueError(f"--backend {options.backend}: is a run of task {task.name}; expected one of sbn")
-    for name in ("cells", "word", "branch"):
+    for name in ("cells", "word_bits", "branch"):
         asked, trained = getattr(options, name), getattr(task, name)
         if asked not in (None, trained):
-            raise ValueError(f"--{name} {asked}: the ensemble of {options.backend} was trained for {trained}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {asked}: the ensemble of {options.backend} was trained for {trained}"
+            )
     return task
 
 
@@ -217,12 +226,12 @@ def _open_run(options: ExecutionOptions) -> Run:
         raise ValueError(f"--backend {error}") from None
 
 
-def _load(name: str, branch: Branch, word: int, cells: int | None = None) -> Assembly:
+def _load(name: str, branch: Branch, word_bits: int, cells: int | None = None) -> Assembly:
     """Load a program, and name a similar one of the library where there is none of that name."""
     try:
-        return load_program(name, branch=branch, cells=cells, word=word)
+        return load_program(name, branch=branch, cells=cells, word_bits=word_bits)
     except ValueError as error:
-        names = {program.name for program in library()}
+        names = {program.name for program in library_programs()}
         hint = "" if name in names or Path(name).exists() else suggestion(name, names)
         raise ValueError(f"{error}{hint}") from error
 
@@ -252,11 +261,11 @@ def _load_programs(
     """Programs of the library and of files, and a machine for them."""
     task = _machine(options, run, _CELLS_MIN)
     if options.cells is None and run is None:
-        loaded = [_load(name, task.branch, task.word) for name in names]
+        loaded = [_load(name, task.branch, task.word_bits) for name in names]
         task = _machine(options, run, max(assembly.cells for assembly in loaded))
     jobs = []
     for name in names:
-        assembly = _load(name, task.branch, task.word, task.cells)
+        assembly = _load(name, task.branch, task.word_bits, task.cells)
         try:
             state = task.machine.load(assembly.words)
             state = replace(state, memory=_put(settings, assembly, state.memory, task.machine))
@@ -269,13 +278,15 @@ def _load_programs(
 def _put(settings: Sequence[str], assembly: Assembly, memory: Sequence[int], machine: Machine) -> tuple[int, ...]:
     """The memory after every ``--set``."""
     words = list(memory)
-    low, high = -(1 << (machine.word - 1)), (1 << machine.word) - 1
+    low, high = -(1 << (machine.word_bits - 1)), (1 << machine.word_bits) - 1
     for setting in settings:
         place, _, value = setting.partition("=")
         if not re.fullmatch(r"[+-]?[0-9]{1,9}", value):
             raise ValueError(f"--set {setting}: expected LABEL=VALUE with a decimal integer")
         if not low <= int(value) <= high:
-            raise ValueError(f"--set {setting}: does not fit words of {machine.word} bits: expected {low} to {high}")
+            raise ValueError(
+                f"--set {setting}: does not fit words of {machine.word_bits} bits: expected {low} to {high}"
+            )
         try:
             words[assembly.address(place)] = machine.wrap(int(value))
         except ValueError as error:
@@ -334,7 +345,7 @@ def _parse_line(text: str, max_instructions: int) -> tuple[list[int], int, int]:
     return memory, line["pc"], line["max_instructions"]
 
 
-def _record(execution: Execution) -> dict[str, Any]:
+def _record(execution: ProgramResult) -> dict[str, Any]:
     return {
         "memory": list(execution.state.memory),
         "pc": execution.state.pc,
@@ -347,7 +358,7 @@ def _record(execution: Execution) -> dict[str, Any]:
     }
 
 
-def _advance(batch: Batch, limit: int) -> None:
+def _advance(batch: ProgramBatch, limit: int) -> None:
     """Execute a batch to its end and show how far it is."""
     executed, updated_at = 0, time.monotonic()
     with Progress(
@@ -366,9 +377,9 @@ def _run_many(task: SBN, backend: _Backend, jobs: Sequence[_Job]) -> int:
     """All at once; a JSON line each on standard output, in order, and a summary on standard error."""
     shown = console(stderr=True)
     started_at = time.perf_counter()
-    batch = Batch(task, [job.program for job in jobs], backend.executor)
+    batch = ProgramBatch(task, [job.program for job in jobs], backend.executor)
     _advance(batch, max(job.program.instructions for job in jobs))
-    executions = [batch.execution(index) for index in range(len(batch))]
+    executions = [batch.result(index) for index in range(len(batch))]
     for execution in executions:
         print(json.dumps(_record(execution), allow_nan=False))
     halted = sum(execution.state.halted for execution in executions)
@@ -385,17 +396,17 @@ def _run_one(task: SBN, backend: _Backend, job: _Job, options: ExecutionOptions)
     """One program, shown as it was asked for."""
     labels, name = job.assembly.labels, job.program.label
     rule = "negative" if task.branch == "negative" else "negative or zero"
-    title = f"{name} on {backend.description}: {task.cells} cells of {task.word} bits, branch if {rule}"
-    batch = Batch(task, [job.program], backend.executor, record=bool(options.records))
+    title = f"{name} on {backend.description}: {task.cells} cells of {task.word_bits} bits, branch if {rule}"
+    batch = ProgramBatch(task, [job.program], backend.executor, trace=bool(options.records))
     if options.watch:
         with Watch(console(stderr=options.json), task.machine, labels, title, options.delay) as watch:
             while batch.unfinished:
-                before = batch.execution(0)
+                before = batch.result(0)
                 batch.advance()
-                watch.show(before, batch.execution(0))
+                watch.show(before, batch.result(0))
     else:
         _advance(batch, job.program.instructions)
-    execution = batch.execution(0)
+    execution = batch.result(0)
     try:
         if options.records:
             _keep_history(batch, job, options, title)
@@ -408,21 +419,21 @@ def _run_one(task: SBN, backend: _Backend, job: _Job, options: ExecutionOptions)
     return 0 if execution.succeeded else 1
 
 
-def _keep_history(batch: Batch, job: _Job, options: ExecutionOptions, title: str) -> None:
+def _keep_history(batch: ProgramBatch, job: _Job, options: ExecutionOptions, title: str) -> None:
     # Matplotlib and TensorBoard take a second to import.
-    from ntk_ensembles.sbn.history import DPI, chart, history_figure, write_trace
+    from ntk_ensembles.computer.display import DPI, trace_figure, write_trace, write_trace_events
 
-    task, history, labels = batch.task, batch.history(0), job.assembly.labels
+    task, history, labels = batch.task, batch.trace(0), job.assembly.labels
     if options.trace is not None:
         write_trace(Path(options.trace), task, history, labels)
     if options.figure is not None:
-        figure = history_figure(task, history, labels, title)
+        figure = trace_figure(task, history, labels, title)
         write_atomically(Path(options.figure), lambda part: figure.savefig(part, dpi=DPI, format="png"))
     if options.tensorboard is not None:
-        chart(Path(options.tensorboard), task, history, labels, title)
+        write_trace_events(Path(options.tensorboard), task, history, labels, title)
 
 
-def _report(execution: Execution, job: _Job, task: SBN, title: str, shown: Console) -> None:
+def _report(execution: ProgramResult, job: _Job, task: SBN, title: str, shown: Console) -> None:
     """The end of an execution, for people."""
     state, start = execution.state, job.program.state.memory
     changed = {address: "bold" for address, word in enumerate(state.memory) if word != start[address]}
@@ -444,7 +455,7 @@ def _report(execution: Execution, job: _Job, task: SBN, title: str, shown: Conso
 def _results(job: _Job, task: SBN, memory: Sequence[int]) -> Iterator[str]:
     """What a library program says its results are; for another program, labelled words that have changed."""
     labels = job.assembly.labels
-    if job.program.label in {program.name for program in library()}:
+    if job.program.label in {program.name for program in library_programs()}:
         for field in find_program(job.program.label, task.branch).results:
             start = labels[field.label]
             values = " ".join(str(word) for word in memory[start : start + field.count])

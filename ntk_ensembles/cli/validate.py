@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
+import operator
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -18,20 +20,19 @@ from ntk_ensembles.cli.options import DecoderOptions, OutputOptions
 from ntk_ensembles.cli.parsing import parse_task
 from ntk_ensembles.console import Progress, console
 from ntk_ensembles.errors import OptionError, check_range
-from ntk_ensembles.sbn import Branch
-from ntk_ensembles.tasks import SBN, Addition, Multiplication, Permutation, TemplateSet
-from ntk_ensembles.tasks.extremes import MatchExtremes
-from ntk_ensembles.theory import TIE, Decoder, TemplatePredictor, sign_padding
-from ntk_ensembles.theory.execution import NTKExecutor
-from ntk_ensembles.validation import Inputs, Tally, validate_computer, validate_inputs
+from ntk_ensembles.tasks import SBN, TASKS, Branch, Task, TaskError, load_task_class
+from ntk_ensembles.tasks.evaluation import checked_inputs, num_micro_steps
+from ntk_ensembles.templates import MatchBounds, TemplateSet
+from ntk_ensembles.theory import TIE, Decoder, NTKExecutor, TemplatePredictor, sign_padding
+from ntk_ensembles.theory.validation import Tally, validate_programs, validate_task
 
 _DESCRIPTION = (
     "Execute a task by the mean of the infinitely wide ensemble on every input, and compare each decoded state with "
     "the templates' own and each result with plain arithmetic. The quickest look: --task addition --max-bits 6. Exit "
     "status 0 if nothing fails, else 1."
 )
+_INPUTS = 10_000
 
-Advance = Callable[[int, str], None]
 Row = dict[str, Any]
 
 
@@ -39,100 +40,36 @@ Row = dict[str, Any]
 class ValidateOptions(OutputOptions, DecoderOptions):
     """Options of a validation."""
 
+    max_bits: int | None = None
+    """Every length from 1 to this, 1 to 12, of a task with an option --bits; by default the task's own length."""
 
-class Validation(ABC):
-    """What ``--task`` chooses; its constructor's arguments are flags."""
+    inputs: int | None = None
+    """First inputs to run of a task with too many to run all, 1 to 1000000000; by default 10000."""
 
-    columns: ClassVar[dict[str, str]]
-    """What a row tells beside the decoders, with the table's headings."""
-
-    executions: ClassVar[str]
-    """What may fail."""
-
-    @abstractmethod
-    def work(self) -> int:
-        """How much there is to do."""
-
-    @abstractmethod
-    def rows(self, decoders: Sequence[Decoder], advance: Advance) -> list[Row]:
-        """Do it, and tell ``advance`` how much has been done of what."""
-
-
-@dataclass(frozen=True)
-class _Exhaustive(Validation):
-    """Every input of every length."""
-
-    max_bits: int = 10
-    """Every length from 1 to so many bits, 1 to 12; of two operands all pairs."""
-
-    columns = {
-        "bits": "bits",
-        "inputs": "inputs",
-        "micro_steps": "micro-steps",
-        "distinct_states": "distinct states",
-        "predictions": "predictions",
-    }
-    executions = "inputs"
+    seed: int = 0
+    """Seed of random inputs, where not all are run."""
 
     def __post_init__(self) -> None:
-        check_range("max_bits", self.max_bits, 1, 12)
+        """Check the options' ranges.
 
-    @abstractmethod
-    def inputs(self, bits: int) -> Inputs:
-        """All inputs of one length."""
-
-    def work(self) -> int:
-        """All inputs, times the micro-steps that each may take."""
-        every = [self.inputs(bits) for bits in range(1, self.max_bits + 1)]
-        return sum(inputs.count * inputs.micro_steps for inputs in every)
-
-    def rows(self, decoders: Sequence[Decoder], advance: Advance) -> list[Row]:
-        """One a length."""
-        rows = []
-        for bits in range(1, self.max_bits + 1):
-            inputs = self.inputs(bits)
-            checked = _Checked(inputs.task.templates, decoders)
-
-            def count(done: int, inputs: Inputs = inputs, bits: int = bits) -> None:
-                advance(done * inputs.micro_steps, f"{inputs.task.name}, {bits} bits")
-
-            report = validate_inputs(inputs, checked.executors, count)
-            rows.append({"bits": bits, **asdict(report), "tallies": checked.tell(report.tallies)})
-        return rows
-
-
-class PermutationValidation(_Exhaustive):
-    """All words, by the default permutation of each length."""
-
-    def inputs(self, bits: int) -> Inputs:
-        """All words."""
-        return Inputs.of_permutation(Permutation(bits))
-
-
-class AdditionValidation(_Exhaustive):
-    """All pairs of summands."""
-
-    def inputs(self, bits: int) -> Inputs:
-        """All pairs."""
-        return Inputs.of_addition(Addition(bits))
-
-
-class MultiplicationValidation(_Exhaustive):
-    """All pairs of factors."""
-
-    def inputs(self, bits: int) -> Inputs:
-        """All pairs."""
-        return Inputs.of_multiplication(Multiplication(bits))
+        Raises:
+            OptionError: One is outside its range.
+        """
+        if self.max_bits is not None:
+            check_range("max_bits", self.max_bits, 1, 12)
+        if self.inputs is not None:
+            check_range("inputs", self.inputs, 1, 1_000_000_000)
+        check_range("seed", self.seed, 0, (1 << 63) - 1)
 
 
 @dataclass(frozen=True)
-class ComputerValidation(Validation):
-    """Random programs on the one-instruction computer."""
+class RandomPrograms:
+    """Random programs on the one-instruction computer, in place of the task's inputs."""
 
     cells: int = 16
     """Memory cells, a power of two, 4 to 256."""
 
-    word: int = 8
+    word_bits: int = 8
     """Bits of a cell, 2 to 16; enough to hold an address."""
 
     branch: Branch = "negative"
@@ -141,46 +78,112 @@ class ComputerValidation(Validation):
     instructions: int = 1_000_000
     """Instructions to execute at least, from random memories, 1 to 1000000000."""
 
-    seed: int = 0
-    """Draws memories and pcs."""
-
-    columns = {
-        "instructions": "instructions",
-        "memories": "random memories",
-        "halted": "of them halted",
-        "micro_steps": "micro-steps",
-    }
-    executions = "instructions"
-
     def __post_init__(self) -> None:
+        """Check the options' ranges.
+
+        Raises:
+            OptionError: One is outside its range.
+        """
         check_range("instructions", self.instructions, 1, 1_000_000_000)
-        check_range("seed", self.seed, 0, (1 << 63) - 1)
-        self._task()
+        self.make_task()
 
-    def _task(self) -> SBN:
-        return SBN(self.cells, self.word, self.branch)
-
-    def work(self) -> int:
-        """The instructions."""
-        return self.instructions
-
-    def rows(self, decoders: Sequence[Decoder], advance: Advance) -> list[Row]:
-        """One."""
-        task = self._task()
-        checked = _Checked(task.templates, decoders)
-        report = validate_computer(
-            task, checked.executors, self.instructions, self.seed, lambda done: advance(done, "random programs")
-        )
-        return [{**asdict(report), "tallies": checked.tell(report.tallies)}]
+    def make_task(self) -> SBN:
+        """Make the computer."""
+        return SBN(self.cells, self.word_bits, self.branch)
 
 
-VALIDATIONS: dict[str, type[Validation]] = {
-    "permutation": PermutationValidation,
-    "addition": AdditionValidation,
-    "multiplication": MultiplicationValidation,
-    "sbn": ComputerValidation,
+_TASK_COLUMNS = {
+    "bits": "bits",
+    "inputs": "inputs",
+    "micro_steps": "micro-steps",
+    "distinct_states": "distinct states",
+    "predictions": "predictions",
 }
-"""What can be validated, by the word after ``--task``."""
+_PROGRAM_COLUMNS = {
+    "instructions": "instructions",
+    "memories": "random memories",
+    "halted": "of them halted",
+    "micro_steps": "micro-steps",
+}
+
+
+@command("ntk-ensembles validate")
+def validate_command(arguments: list[str], prog: str) -> int:
+    """Print a validation; exit status 0 if nothing fails, 1 if something does, 2 for bad input."""
+    chosen, options, values = parse_task(arguments, prog, _DESCRIPTION, ValidateOptions, find=_find)
+    started_at = time.monotonic()
+    if isinstance(chosen, RandomPrograms):
+        for name in ("max_bits", "inputs"):
+            if getattr(options, name) is not None:
+                raise OptionError(name, getattr(options, name), "a task other than sbn, which has --instructions")
+        rows = [_validate_programs(chosen, options)]
+    else:
+        rows = _validate_tasks(chosen, options)
+    left_out = ("decode", "json", *([] if options.max_bits is None else ["bits"]))
+    results = {
+        "task": {key: value for key, value in values.items() if key not in left_out and value is not None},
+        "rows": rows,
+        "failures": sum(tally["failures"] for row in rows for tally in row["tallies"].values()),
+        "seconds": time.monotonic() - started_at,
+    }
+    options.show(results, lambda out: _show(results, out))
+    return 1 if results["failures"] else 0
+
+
+def _find(spec: str) -> type[RandomPrograms] | type[Task[Any, Any]]:
+    return RandomPrograms if TASKS.get(spec) is SBN else load_task_class(spec)
+
+
+def _validate_tasks(task: Task[Any, Any], options: ValidateOptions) -> list[Row]:
+    """Validate a task, or each of its lengths; a row each."""
+    tasks = [task]
+    if options.max_bits is not None:
+        if "bits" not in inspect.signature(type(task)).parameters:
+            raise OptionError("max_bits", options.max_bits, f"a task with an option bits, not {task.name}")
+        lengths = range(1, options.max_bits + 1)
+        tasks = [type(task).from_options({**task.options, "bits": bits}) for bits in lengths]
+    work = [(one, *_choose_inputs(one, options)) for one in tasks]
+    rows = []
+    with Progress(task.name, sum(steps * count for *_, steps, count in work), console(stderr=True)) as progress:
+        for one, inputs, steps, _ in work:
+            bits = one.options.get("bits")
+            label = one.name if bits is None else f"{one.name}, {bits} bits"
+            checked = _Checked(one.templates, options.decoders)
+
+            def advance(done: int, steps: int = steps, label: str = label) -> None:
+                progress.advance(done * steps, label)
+
+            report = validate_task(one, checked.executors, inputs=inputs, on_progress=advance)
+            row = {} if bits is None else {"bits": bits}
+            complete = not isinstance(inputs, list)
+            rows.append({**row, "all_inputs": complete, **asdict(report), "tallies": checked.as_rows(report.tallies)})
+    return rows
+
+
+def _choose_inputs(task: Task[Any, Any], options: ValidateOptions) -> tuple[Iterable[Any], int, int]:
+    """Return all inputs of a task, or a list of the first; the micro-steps of the first; and how many they are."""
+    inputs = task.all_inputs()
+    if inputs is None or options.inputs is not None:
+        source = iter(checked_inputs(task, options.seed) if inputs is None else inputs)
+        inputs = list(itertools.islice(source, options.inputs or _INPUTS))
+        if not inputs:
+            raise TaskError(f"task {task.name!r} gives no input to evaluate on")
+    first = next(iter(task.all_inputs() or inputs))
+    return inputs, num_micro_steps(task, first), operator.length_hint(inputs)
+
+
+def _validate_programs(chosen: RandomPrograms, options: ValidateOptions) -> Row:
+    task = chosen.make_task()
+    checked = _Checked(task.templates, options.decoders)
+    with Progress(task.name, chosen.instructions, console(stderr=True)) as progress:
+        report = validate_programs(
+            task,
+            checked.executors,
+            chosen.instructions,
+            options.seed,
+            on_progress=lambda done: progress.advance(done, "random programs"),
+        )
+    return {**asdict(report), "tallies": checked.as_rows(report.tallies)}
 
 
 class _Checked:
@@ -189,7 +192,7 @@ class _Checked:
     def __init__(self, templates: TemplateSet, decoders: Sequence[Decoder]) -> None:
         self._decoders = decoders
         self._paddings = [
-            sign_padding(TemplatePredictor(templates), MatchExtremes(templates)) if decoder == "sign" else 0
+            sign_padding(TemplatePredictor(templates), MatchBounds(templates)) if decoder == "sign" else 0
             for decoder in decoders
         ]
         self.executors = [
@@ -197,8 +200,8 @@ class _Checked:
             for decoder, padding in zip(decoders, self._paddings, strict=True)
         ]
 
-    def tell(self, tallies: Sequence[Tally]) -> Row:
-        """What came of it, by decoder, as plain values."""
+    def as_rows(self, tallies: Sequence[Tally]) -> Row:
+        """Return the tallies by decoder, as plain values."""
         return {
             decoder: {
                 "padding": padding,
@@ -213,75 +216,57 @@ class _Checked:
         }
 
 
-@command("ntk-ensembles validate")
-def validate_command(arguments: list[str], prog: str) -> int:
-    """Validate and print a table; exit status 0 if nothing fails, 1 if something does, 2 for bad input."""
-    validation, options, values = parse_task(arguments, prog, _DESCRIPTION, ValidateOptions, _find, list(VALIDATIONS))
-    started_at = time.monotonic()
-    with Progress(values["task"], validation.work(), console(stderr=True)) as progress:
-        rows = validation.rows(options.decoders, progress.advance)
-    results = {
-        "task": {key: value for key, value in values.items() if key not in ("decode", "json")},
-        "rows": rows,
-        "failures": sum(tally["failures"] for row in rows for tally in row["tallies"].values()),
-        "seconds": time.monotonic() - started_at,
-    }
-    options.show(results, lambda out: _show(validation, results, out))
-    return 1 if results["failures"] else 0
-
-
-def _find(word: str) -> type[Validation]:
-    if word not in VALIDATIONS:
-        raise OptionError("task", word, f"one of {', '.join(VALIDATIONS)}")
-    return VALIDATIONS[word]
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _show(validation: Validation, results: Row, out: Console) -> None:
+def _show(results: Row, out: Console) -> None:
+    columns = _PROGRAM_COLUMNS if "instructions" in results["rows"][0] else _TASK_COLUMNS
+    columns = {key: heading for key, heading in columns.items() if key in results["rows"][0]}
     title = f"{results['task']['task']}: every micro-step by the NTK mean"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     numbers = ("failures", "margin of 1-bits", "margin of 0-bits", "ties")
-    for heading in (*validation.columns.values(), "decoder", *numbers):
+    for heading in (*columns.values(), "decoder", *numbers):
         # In a narrow terminal no digit may be lost.
         table.add_column(heading, justify="left" if heading == "decoder" else "right", overflow="fold")
     for row in results["rows"]:
         estimates = () if row.get("distinct_exact", True) else ("distinct_states", "predictions")
-        common = [f"≈ {row[key]:.4g}" if key in estimates else f"{row[key]:,}" for key in validation.columns]
+        common = [f"≈ {row[key]:.4g}" if key in estimates else f"{row[key]:,}" for key in columns]
         for decoder, tally in row["tallies"].items():
             name = f"{decoder} + {tally['padding']:,}" if tally["padding"] else decoder
             smallest = [_margin(tally["smallest_margin_ones"]), _margin(tally["smallest_margin_zeros"])]
             table.add_row(*common, name, f"{tally['failures']:,}", *smallest, f"{tally['ties']:,}")
-            # What the decoders share is told once.
+            # What the decoders share is printed once.
             common = [""] * len(common)
     out.print(table)
-    for line in _remarks(validation, results):
+    for line in _remarks(columns, results):
         out.print(line, highlight=False)
 
 
-def _remarks(validation: Validation, results: Row) -> list[str]:
+def _remarks(columns: dict[str, str], results: Row) -> list[str]:
+    counted = "inputs" if "inputs" in columns else "instructions"
     lines = []
     for row in results["rows"]:
         for decoder, tally in row["tallies"].items():
             if tally["failures"]:
                 where = f"{row['bits']} bits, " if "bits" in row else ""
-                failures = f"{tally['failures']:,} {validation.executions} fail"
+                failures = f"{tally['failures']:,} {counted} fail"
                 lines.append(f"{where}{decoder}: {failures}; the first: {tally['first_failure']}.")
     tallies = [tally for row in results["rows"] for tally in row["tallies"].values()]
     if not lines:
         lines.append(f"Nothing fails, in {results['seconds']:.1f} s.")
-    if "predictions" in validation.columns:
+    if "predictions" in columns:
         lines.append("Predictions: distinct states times bits, a mean compared with a threshold for each.")
     if any(not row.get("distinct_exact", True) for row in results["rows"]):
         lines.append("Numbers with ≈ are estimates from a sample of the states; everything was executed.")
+    if not all(row.get("all_inputs", True) for row in results["rows"]):
+        lines.append("Not all inputs were run: the task does not list them, or --inputs limits them.")
     if any(tally["padding"] for tally in tallies):
-        lines.append("sign + n: with n zero-label templates more, which it needs to be exact (ntk-ensembles certify).")
+        lines.append("sign + n: with n padding templates, which it needs to be exact (ntk-ensembles certify).")
     if any(tally["ties"] for tally in tallies):
         lines.append(
             f"Ties: micro-steps with a bit closer than {TIE:.0e} to its threshold. The limit's mean is 0 there, which "
-            "reads 0 and is right; a finite ensemble decodes such a bit by a coin."
+            "reads 0 and is right; a finite ensemble decodes such a bit at random."
         )
     return lines
 

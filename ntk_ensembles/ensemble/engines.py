@@ -110,7 +110,7 @@ class FunctionalEngine:
         """Change every member's weights by −Jᵀ·cotangent, in place, and return the new outputs."""
 
         def gradients(weights: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
-            outputs, *(pullback,) = vjp(lambda state: self._forward(state, self._inputs), weights)
+            outputs, pullback = vjp(lambda state: self._forward(state, self._inputs), weights)[:2]
             (found,) = pullback(cotangent.to(outputs.dtype))
             return dict(found)
 

@@ -1,9 +1,12 @@
-"""The states on which ensembles are judged: true trajectories of true inputs (DESIGN §4, teacher forcing)."""
+"""Evaluation states: distinct states on the reference trajectories of sampled inputs (teacher forcing)."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,26 +16,26 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ntk_ensembles.tasks.base import Task
-from ntk_ensembles.tasks.templates import TemplateSet
+from ntk_ensembles.tasks.base import Task, TaskError, user_code
+from ntk_ensembles.templates import TemplateSet
 
 _INPUTS_AT_ONCE = 32
 _STATES_AT_ONCE = 4096
 _FRUITLESS_INPUTS = 1000
-"""After so many inputs in a row without a new state the inputs are taken to repeat."""
+"""Number of inputs in a row without a new state after which the inputs are taken to repeat."""
 
 InputT = TypeVar("InputT")
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSet:
-    """Distinct states from true trajectories with their true next_states.
+    """Distinct states on reference trajectories, with their true next states.
 
     Attributes:
-        states: the states, in the order in which they were first seen.
-        matches: which templates match each state.
-        next_states: the state after one micro-step.
-        trajectories: for each complete execution the indices of its states, in order. An execution
+        states: States in the order in which they were first seen.
+        matches: Templates that match each state.
+        next_states: State after one micro-step of the template machine.
+        trajectories: For each complete trajectory the indices of its states, in order. A rollout from its first state
             is right if and only if the prediction for each of them is.
     """
 
@@ -42,32 +45,37 @@ class EvaluationSet:
     trajectories: tuple[Int[Tensor, " _steps"], ...]
 
     def __len__(self) -> int:
-        """The number of states."""
+        """Return the number of states."""
         return len(self.states)
 
     @classmethod
     def sample(cls, task: Task[InputT, Any], count: int, seed: int) -> EvaluationSet:
-        """The first ``count`` distinct states of the task's inputs, in the order of `Task.inputs`.
+        """Take the first ``count`` distinct states on the trajectories of the task's inputs, in their order.
 
-        An execution that would lead beyond ``count`` is cut: its states stay, but it does not count
-        among ``trajectories``. There are fewer than ``count`` states if the inputs end, or repeat.
+        A trajectory that would lead beyond ``count`` is cut: its states stay, but it is not among ``trajectories``.
+        There are fewer than ``count`` states if the inputs end, or repeat.
+
+        Args:
+            task: Task whose `Task.inputs` are used.
+            count: Number of states wanted, at least 1.
+            seed: Seed of the random inputs.
 
         Raises:
-            ValueError: ``count`` below 1, or a task without inputs.
-            RuntimeError: an execution's output is not the task's reference: its templates are wrong.
+            ValueError: ``count`` is below 1.
+            TaskError: The task has no inputs, its code fails, or its templates do not lead to its reference.
         """
         if count < 1:
             raise ValueError(f"an evaluation set of {count} states: expected at least 1")
         index: dict[bytes, int] = {}
-        trajectories: dict[tuple[bytes, int], Int[Tensor, " _steps"]] = {}
+        complete: dict[tuple[bytes, int], Int[Tensor, " _steps"]] = {}
         states: list[Bool[Tensor, " bits"]] = []
         fruitless = 0
-        inputs = task.inputs(random.Random(seed))
+        inputs = checked_inputs(task, seed)
         while len(states) < count and fruitless < _FRUITLESS_INPUTS:
             batch = _next_batch(task, inputs, count - len(states))
             if not batch:
                 break
-            for trajectory in _trajectories(task, batch):
+            for trajectory in _checked_trajectories(task, batch):
                 known = len(states)
                 keys = [row.tobytes() for row in np.packbits(trajectory.numpy(), axis=1)]
                 for key, state in zip(keys, trajectory, strict=True):
@@ -76,27 +84,32 @@ class EvaluationSet:
                         states.append(state)
                 if keys and all(key in index for key in keys):
                     # Equal starts have equal trajectories, as far as they go.
-                    trajectories.setdefault((keys[0], len(keys)), torch.tensor([index[key] for key in keys]))
+                    complete.setdefault((keys[0], len(keys)), torch.tensor([index[key] for key in keys]))
                 fruitless = 0 if len(states) > known else fruitless + 1
                 if len(states) == count:
                     break
         if not states:
-            raise ValueError(f"task {task.name!r} gives no input to evaluate on")
+            raise TaskError(f"task {task.name!r} gives no input to evaluate on")
         stacked = torch.stack(states)
         chunks = [slice(start, start + _STATES_AT_ONCE) for start in range(0, len(stacked), _STATES_AT_ONCE)]
         matches = torch.cat([task.templates.matches(stacked[chunk]) for chunk in chunks])
-        next_states = torch.cat([task.templates.counts(matches[chunk]) > 0 for chunk in chunks])
-        return cls(stacked, matches, next_states, tuple(trajectories.values()))
+        next_states = torch.cat([task.templates.set_counts(matches[chunk]) > 0 for chunk in chunks])
+        return cls(stacked, matches, next_states, tuple(complete.values()))
 
 
-def trajectories(
+def checked_inputs(task: Task[InputT, Any], seed: int) -> Iterator[InputT]:
+    """Yield the task's inputs; what its code raises becomes a `TaskError`."""
+    with user_code(task.name, "inputs"):
+        yield from task.inputs(random.Random(seed))
+
+
+def template_trajectories(
     templates: TemplateSet, starts: Bool[Tensor, "inputs bits"], micro_steps: Sequence[int]
 ) -> tuple[list[Bool[Tensor, "_steps bits"]], Bool[Tensor, "inputs bits"]]:
-    """The OR-machine run on several inputs at once, each until a fixed point or for its micro-steps.
+    """Run the template machine on several inputs at once, each until a fixed point or for its micro-steps.
 
     Returns:
-        For each input the states that a micro-step was made from, a fixed point included once; and
-        the final states.
+        For each input the states that a micro-step was made from, a fixed point included once; and the final states.
     """
     visited: list[list[Bool[Tensor, " bits"]]] = [[] for _ in micro_steps]
     finals = starts.clone()
@@ -108,33 +121,90 @@ def trajectories(
         fixed = (next_states == states).all(1).tolist()
         for i, state in zip(active, states, strict=True):
             visited[i].append(state)
-        going_on = [row for row, i in enumerate(active) if not fixed[row] and len(visited[i]) < micro_steps[i]]
-        active = [active[row] for row in going_on]
-        states = next_states[going_on]
+        unfinished = [row for row, i in enumerate(active) if not fixed[row] and len(visited[i]) < micro_steps[i]]
+        active = [active[row] for row in unfinished]
+        states = next_states[unfinished]
     empty = starts.new_zeros((0, starts.shape[1]))
     return [torch.stack(rows) if rows else empty for rows in visited], finals
 
 
+def num_micro_steps(task: Task[InputT, Any], task_input: InputT) -> int:
+    """Return the task's number of micro-steps for an input; what its code raises becomes a `TaskError`."""
+    with user_code(task.name, "num_micro_steps", task_input):
+        return task.num_micro_steps(task_input)
+
+
+def is_right(task: Task[InputT, Any], task_input: InputT, final: Bool[Tensor, " bits"]) -> bool:
+    """Check whether a final state holds the reference's output."""
+    output = task.result(final)
+    with user_code(task.name, "reference", task_input):
+        return bool(output == task.reference(task_input))
+
+
+def describe_fault(task: Task[InputT, Any], task_input: InputT) -> str:
+    """Return what the template machine makes of an input, the reference, and which templates are most likely at fault.
+
+    A reference knows the output alone, so the bit named is the one whose flip in the final state brings the output
+    nearest to the reference; none is named if no flip does.
+    """
+    templates, expected = task.templates, task.reference(task_input)
+    limit = num_micro_steps(task, task_input)
+    (states,), finals = template_trajectories(templates, task.initial_state(task_input)[None], [limit])
+    output = task.result(finals[0])
+    said = f"the output is {output!r}, should be {expected!r}"
+    nearest, bit = _distance(output, expected), None
+    for position in range(templates.layout.bits):
+        flipped = finals[0].clone()
+        flipped[position] = ~flipped[position]
+        try:
+            distance = _distance(task.result(flipped), expected)
+        except TaskError:
+            continue  # no state that the task can read
+        if distance < nearest:
+            nearest, bit = distance, position
+    if bit is None or not len(states):
+        return said
+    value = bool(finals[0, bit])
+    others = (states[:, bit] != value).nonzero()
+    # The micro-step that gave the bit its value, and the state before it.
+    moment = int(others[-1]) if len(others) else 0
+    setters = [template for template in templates.templates if bit in template.sets]
+    guilty = Counter(t.group for t in setters if not value or t.matches(states[moment]))
+    groups = ", ".join(f"'{group}'" for group in guilty)
+    cause = f"set by group {groups}" if value else f"set by none of group {groups}" if guilty else "no template sets it"
+    name = templates.layout.bit_name(bit)
+    return f"{said}; bit {name} is wrongly {int(value)} from micro-step {moment + 1} on: {cause}"
+
+
 def _next_batch(task: Task[InputT, Any], inputs: Iterator[InputT], wanted: int) -> list[InputT]:
-    """The inputs to run next: no more of them than it may take to find ``wanted`` states."""
+    """Return the inputs to run next: no more of them than it may take to find ``wanted`` states."""
     batch: list[InputT] = []
-    for value in itertools.islice(inputs, _INPUTS_AT_ONCE):
-        batch.append(value)
-        wanted -= task.micro_steps(value)
+    for task_input in itertools.islice(inputs, _INPUTS_AT_ONCE):
+        batch.append(task_input)
+        wanted -= num_micro_steps(task, task_input)
         if wanted <= 0:
             break
     return batch
 
 
-def _trajectories(task: Task[InputT, Any], values: list[InputT]) -> Iterator[Bool[Tensor, "_steps bits"]]:
-    """Each input's trajectory, once its output has been compared with the task's reference."""
-    starts = torch.stack([task.layout.pack(task.fields(value)) for value in values])
-    visited, finals = trajectories(task.templates, starts, [task.micro_steps(value) for value in values])
-    for value, trajectory, final in zip(values, visited, finals, strict=True):
-        output, expected = task.output(task.layout.unpack(final)), task.reference(value)
-        if output != expected:
-            raise RuntimeError(
-                f"the templates of task {task.name!r} are wrong: from {value!r} they lead to {output!r}, "
-                f"the reference is {expected!r}"
-            )
+def _checked_trajectories(task: Task[InputT, Any], inputs: list[InputT]) -> Iterator[Bool[Tensor, "_steps bits"]]:
+    """Yield each input's trajectory, once its output has been compared with the task's reference."""
+    starts = torch.stack([task.initial_state(task_input) for task_input in inputs])
+    limits = [num_micro_steps(task, task_input) for task_input in inputs]
+    visited, finals = template_trajectories(task.templates, starts, limits)
+    for task_input, trajectory, final in zip(inputs, visited, finals, strict=True):
+        if not is_right(task, task_input, final):
+            fault = describe_fault(task, task_input)
+            raise TaskError(f"the templates of task {task.name!r} are wrong: for input {task_input!r} {fault}")
         yield trajectory
+
+
+def _distance(output: Any, expected: Any) -> float:
+    """Return how much two outputs differ: the number of different bits of the integers in them."""
+    if isinstance(output, int) and isinstance(expected, int):
+        return float((output ^ expected).bit_count())
+    if dataclasses.is_dataclass(output) and type(output) is type(expected):
+        output, expected = tuple(vars(output).values()), tuple(vars(expected).values())
+    if isinstance(output, (list, tuple)) and isinstance(expected, (list, tuple)) and len(output) == len(expected):
+        return sum((_distance(*pair) for pair in zip(output, expected, strict=True)), 0.0)
+    return 0.0 if output == expected else math.inf

@@ -1,18 +1,26 @@
-"""Multiplying two numbers by shifting and adding under control bits (DESIGN §1; the paper's multiplication)."""
+"""Multiplying two numbers by shifting and adding under control bits (the paper's multiplication)."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from ntk_ensembles.tasks.base import Task, check_range
-from ntk_ensembles.tasks.inputs import alternating_bits, random_operand, structured_first
-from ntk_ensembles.tasks.layout import StateLayout
-from ntk_ensembles.tasks.templates import Template
+from ntk_ensembles.errors import check_range
+from ntk_ensembles.tasks.base import (
+    LISTED_INPUTS,
+    Number,
+    Pairs,
+    Task,
+    alternating_bits,
+    random_operand,
+    structured_first,
+)
+from ntk_ensembles.templates import StateLayout, Template
 
 
-class Multiplication(Task[tuple[int, int], int]):
+class Multiplication(Task[tuple[Number, Number], Number]):
     """Multiplies two L-bit numbers: about 10L bits and 18L templates, at most L² + 4L micro-steps.
 
     The multiplicand stands in ``a`` and moves left, the multiplier in ``b`` and moves right. A
@@ -35,13 +43,14 @@ class Multiplication(Task[tuple[int, int], int]):
     - But the sum of the addends before r is below 2^(i_r + L): no such carry is left.
 
     Args:
-        bits: length L of each factor, 1 to 64.
+        bits: Length L of each factor, 1 to 64.
 
     Raises:
-        ValueError: ``bits`` outside its range.
+        OptionError: ``bits`` is outside its range.
     """
 
     name = "multiplication"
+    takes_arrays = True
 
     def __init__(self, bits: int = 4) -> None:
         check_range("bits", bits, 1, 64)
@@ -58,8 +67,8 @@ class Multiplication(Task[tuple[int, int], int]):
             shift=1,
         )
 
-    def rules(self) -> Iterator[Template]:
-        """The adder, the two shifted factors, and the control bits."""
+    def make_templates(self) -> Iterator[Template]:
+        """Yield the adder, the two shifted factors, and the control bits."""
         yield from self._adder()
         yield from self._factors()
         yield from self._control()
@@ -98,7 +107,7 @@ class Multiplication(Task[tuple[int, int], int]):
         yield Template.rule("check again", ones=[shift], sets=[check])
 
     def inputs(self, generator: random.Random) -> Iterator[tuple[int, int]]:
-        """Corner cases, then all pairs where they are few, else random pairs for ever."""
+        """Yield corner cases, then all pairs where they are few, else random pairs for ever."""
         full = (1 << self.bits) - 1
         top = 1 << (self.bits - 1)
         even, odd = alternating_bits(self.bits)
@@ -115,23 +124,31 @@ class Multiplication(Task[tuple[int, int], int]):
             generator=generator,
         )
 
-    def fields(self, value: tuple[int, int]) -> dict[str, int]:
-        """The factors in a and b, under a check."""
-        return {"a": value[0], "b": value[1], "check": 1}
+    def all_inputs(self) -> Iterable[tuple[int, int]] | None:
+        """Return all pairs; None if they are more than `LISTED_INPUTS`.
 
-    def output(self, fields: dict[str, int]) -> int:
-        """The product, in p."""
-        return fields["p"]
+        Those with one multiplier, which take about equally long, come together.
+        """
+        return Pairs(1 << self.bits) if 1 << 2 * self.bits <= LISTED_INPUTS else None
 
-    def reference(self, value: tuple[int, int]) -> int:
-        """The product."""
-        return value[0] * value[1]
+    def initial_fields(self, task_input: tuple[Number, Number]) -> dict[str, Any]:
+        """Put the factors into a and b, and begin with a check."""
+        return {"a": task_input[0], "b": task_input[1], "check": 1}
 
-    def micro_steps(self, value: tuple[int, int]) -> int:
-        """(L − 1)(T + 2) + 2L + 2, reached by a multiplier of ones.
+    def read_output(self, fields: dict[str, Any]) -> Number:
+        """Return the product, in p."""
+        output: Number = fields["p"]
+        return output
+
+    def reference(self, task_input: tuple[Number, Number]) -> Number:
+        """Return the product."""
+        return task_input[0] * task_input[1]
+
+    def num_micro_steps(self, task_input: tuple[Number, Number]) -> int:
+        """Return (L − 1)(T + 2) + 2L + 2, reached by a multiplier of ones.
 
         Its addends are in q after 1, T + 3, 2T + 5, … micro-steps. The carries of the last, from bit
         L − 1 on, have used up bit 2L − 1 of q after another 2L + 1.
         """
-        del value
+        del task_input
         return (self.bits - 1) * (len(self.layout["count"]) + 2) + 2 * self.bits + 2

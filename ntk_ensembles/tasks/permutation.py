@@ -1,99 +1,89 @@
-"""Permuting the bits of a word (DESIGN §1; the paper's first task)."""
+"""Permuting the bits of a word (the paper's first task)."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ntk_ensembles.tasks.base import Task, check_range
-from ntk_ensembles.tasks.inputs import alternating_bits, structured_first
-from ntk_ensembles.tasks.layout import StateLayout
-from ntk_ensembles.tasks.templates import Template
+from ntk_ensembles.errors import OptionError, check_range
+from ntk_ensembles.tasks.base import LISTED_INPUTS, Number, Task, alternating_bits, structured_first
+from ntk_ensembles.templates import StateLayout, Template
 
 
-class Permutation(Task[int, int]):
+class Permutation(Task[Number, Number]):
     """Moves bit i of an L-bit word to position π(i), in one micro-step: L bits, L templates.
 
     Args:
-        bits: number of bits L of the word, 1 to 4096.
-        ones: evaluate on inputs with exactly so many ones (default: any).
-        permutation_seed: seed of the random permutation (none: the identity).
+        bits: Number of bits L of the word, 1 to 4096.
+        ones: Number of 1-bits of every input (default: any).
+        permutation_seed: Seed of the random permutation (none: the identity).
+        permutation: Position π(i) that each bit goes to, in place of a random permutation; L integers.
 
     Attributes:
-        permutation: π, where each bit goes.
+        targets: Position π(i) that each bit goes to.
 
     Raises:
-        ValueError: an option outside its range.
+        OptionError: An option is outside its range.
     """
 
     name = "permutation"
+    takes_arrays = True
 
-    def __init__(self, bits: int = 30, ones: int | None = None, permutation_seed: int | None = 0) -> None:
+    def __init__(
+        self,
+        bits: int = 30,
+        ones: int | None = None,
+        permutation_seed: int | None = 0,
+        permutation: Sequence[int] | None = None,
+    ) -> None:
         check_range("bits", bits, 1, 4096)
         if ones is not None:
             check_range("ones", ones, 0, bits)
+        if permutation is not None and sorted(permutation) != list(range(bits)):
+            raise OptionError("permutation", list(permutation), f"each of 0 to {bits - 1} once")
         self.bits = bits
         self.ones = ones
         self.permutation_seed = permutation_seed
-        positions = list(range(bits))
-        if permutation_seed is not None:
-            random.Random(permutation_seed).shuffle(positions)
-        self.permutation = tuple(positions)
-        self._is_explicit = False
+        self.permutation = None if permutation is None else list(permutation)
+        targets = list(range(bits)) if permutation is None else list(permutation)
+        if permutation is None and permutation_seed is not None:
+            random.Random(permutation_seed).shuffle(targets)
+        self.targets = tuple(targets)
         self.layout = StateLayout(x=bits)
 
-    @classmethod
-    def of(cls, permutation: Sequence[int], ones: int | None = None) -> Permutation:
-        """The task for a given permutation: bit i goes to ``permutation[i]``.
-
-        Raises:
-            ValueError: not a permutation of 0, 1, ….
-        """
-        if sorted(permutation) != list(range(len(permutation))):
-            raise ValueError(f"{list(permutation)} is no permutation of 0 to {len(permutation) - 1}")
-        task = cls(bits=len(permutation), ones=ones, permutation_seed=None)
-        task.permutation = tuple(permutation)
-        task._is_explicit = True
-        return task
-
-    @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Task[int, int]:
-        """The task with these `options`, an explicit permutation among them."""
-        if "permutation" in options:
-            return cls.of(options["permutation"], options["ones"])
-        return super().from_options(options)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments; for a task made by `of` the permutation too."""
-        return super().options | ({"permutation": list(self.permutation)} if self._is_explicit else {})
-
-    def rules(self) -> Iterator[Template]:
-        """One template a bit: x_i sets x_π(i)."""
+    def make_templates(self) -> Iterator[Template]:
+        """Yield one template a bit: x_i sets x_π(i)."""
         x = self.layout["x"]
-        for source, target in enumerate(self.permutation):
+        for source, target in enumerate(self.targets):
             yield Template.rule("move", ones=[x[source]], sets=[x[target]])
 
     def inputs(self, generator: random.Random) -> Iterator[int]:
-        """Regular patterns, then all admissible words where they are few, else random ones for ever."""
+        """Yield regular patterns, then all admissible words where they are few, else random ones for ever."""
         full = (1 << self.bits) - 1
         block = (1 << (self.bits // 2 if self.ones is None else self.ones)) - 1
         top_block = block << (self.bits - block.bit_length())
         patterns = [0, full, *alternating_bits(self.bits), 1, 1 << (self.bits - 1), block, top_block]
         return structured_first(
-            [value for value in patterns if self.ones is None or value.bit_count() == self.ones],
-            size=1 << self.bits if self.ones is None else math.comb(self.bits, self.ones),
+            [word for word in patterns if self.ones is None or word.bit_count() == self.ones],
+            size=self._num_inputs(),
             every=self._every_input,
             draw=lambda: self._draw(generator),
             generator=generator,
         )
 
-    def _every_input(self) -> Iterator[int]:
+    def all_inputs(self) -> Iterable[int] | None:
+        """Return all admissible words; None if they are more than `LISTED_INPUTS`."""
+        return self._every_input() if self._num_inputs() <= LISTED_INPUTS and self.bits < 63 else None
+
+    def _num_inputs(self) -> int:
+        return 1 << self.bits if self.ones is None else math.comb(self.bits, self.ones)
+
+    def _every_input(self) -> Iterable[int]:
         if self.ones is None:
-            return iter(range(1 << self.bits))
+            return range(1 << self.bits)
         return (sum(1 << i for i in chosen) for chosen in itertools.combinations(range(self.bits), self.ones))
 
     def _draw(self, generator: random.Random) -> int:
@@ -101,19 +91,20 @@ class Permutation(Task[int, int]):
             return generator.getrandbits(self.bits)
         return sum(1 << i for i in generator.sample(range(self.bits), self.ones))
 
-    def fields(self, value: int) -> dict[str, int]:
-        """The word in x."""
-        return {"x": value}
+    def initial_fields(self, task_input: Number) -> dict[str, Any]:
+        """Put the word into x."""
+        return {"x": task_input}
 
-    def output(self, fields: dict[str, int]) -> int:
-        """The word in x."""
-        return fields["x"]
+    def read_output(self, fields: dict[str, Any]) -> Number:
+        """Return the word in x."""
+        output: Number = fields["x"]
+        return output
 
-    def reference(self, value: int) -> int:
-        """The permuted word."""
-        return sum(1 << target for source, target in enumerate(self.permutation) if value >> source & 1)
+    def reference(self, task_input: Number) -> Number:
+        """Return the permuted word."""
+        return sum((task_input >> source & 1) << target for source, target in enumerate(self.targets))
 
-    def micro_steps(self, value: int) -> int:
-        """One."""
-        del value
+    def num_micro_steps(self, task_input: Number) -> int:
+        """Return 1."""
+        del task_input
         return 1

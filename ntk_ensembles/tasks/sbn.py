@@ -1,31 +1,50 @@
-"""The one-instruction computer as a task: one memory for program and data, any program (DESIGN §5)."""
+"""The one-instruction computer as a task: one memory for program and data, any program."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from ntk_ensembles.sbn.machine import Branch, Machine, MachineState, parse_image
-from ntk_ensembles.tasks.base import Task, check_range
-from ntk_ensembles.tasks.layout import StateLayout
-from ntk_ensembles.tasks.templates import Template
+import numpy as np
+import torch
+from jaxtyping import Bool
+from numpy.typing import NDArray
+from torch import Tensor
 
-_SHIPPED_WORD = 8
-"""The shipped images are written for words of at least so many bits."""
+from ntk_ensembles.errors import OptionError, check_range
+from ntk_ensembles.tasks.base import Task
+from ntk_ensembles.tasks.machine import (
+    CELLS_MAX,
+    CELLS_MIN,
+    WORD_BITS_MAX,
+    WORD_BITS_MIN,
+    Branch,
+    Machine,
+    MachineState,
+    parse_image,
+)
+from ntk_ensembles.templates import StateLayout, Template
+
+PHASES = ("fetch", "read", "subtract", "write")
+"""Fields of the state that say what the next micro-step does; all are zero when the machine has halted."""
+
+_SHIPPED_WORD_BITS = 8
+"""Smallest word that the shipped images are written for."""
 _SHIPPED_INSTRUCTIONS = 64
+"""Largest number of instructions that a shipped image executes; all halt earlier."""
 _RANDOM_AFTER_EACH_PROGRAM = 3
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the machine is given: a memory and where to start, and for how long to run.
+    """A memory with the address to start at, and a number of instructions.
 
     Attributes:
-        state: the state before the first instruction.
-        instructions: how many to execute at most.
-        label: a name for messages.
+        state: State before the first instruction.
+        instructions: Number of instructions to execute at most.
+        label: Name for messages.
     """
 
     state: MachineState
@@ -43,61 +62,61 @@ class SBN(Task[Program, MachineState]):
     no phase bit, and then memory and pc stay for ever.
 
     Args:
-        cells: number of memory cells C, a power of two, 4 to 256.
-        word: bits w of a cell, 2 to 16; enough to hold an address.
-        branch: branch if the result is negative (SBN), or negative or zero (SUBLEQ).
-        instructions: instructions to execute from each random memory in evaluation, 1 to 65536.
+        cells: Number of memory cells C, a power of two, 4 to 256.
+        word_bits: Number of bits w of a cell, 2 to 16; enough to hold an address.
+        branch: Rule to branch by: if the result is negative (SBN), or negative or zero (SUBLEQ).
+        instructions: Instructions to execute from each random memory in evaluation, 1 to 65536.
 
     Attributes:
-        machine: the interpreter for the same computer.
+        machine: Interpreter of the same computer.
 
     Raises:
-        ValueError: an option outside its range, or words too short for an address.
+        OptionError: An option is outside its range, or words are too short for an address.
     """
 
     name = "sbn"
 
-    def __init__(self, cells: int = 16, word: int = 8, branch: Branch = "negative", instructions: int = 4) -> None:
-        check_range("cells", cells, 4, 256)
-        check_range("word", word, 2, 16)
+    def __init__(self, cells: int = 16, word_bits: int = 8, branch: Branch = "negative", instructions: int = 4) -> None:
+        check_range("cells", cells, CELLS_MIN, CELLS_MAX)
+        check_range("word_bits", word_bits, WORD_BITS_MIN, WORD_BITS_MAX)
         check_range("instructions", instructions, 1, 1 << 16)
         if cells & (cells - 1):
-            raise ValueError(f"--cells {cells}: expected a power of two from 4 to 256")
+            raise OptionError("cells", cells, f"a power of two from {CELLS_MIN} to {CELLS_MAX}")
         self.address_bits = cells.bit_length() - 1
-        if word < self.address_bits:
-            raise ValueError(
-                f"--word {word}: a word must hold an address of {cells} cells; expected at least {self.address_bits}"
+        if word_bits < self.address_bits:
+            raise OptionError(
+                "word_bits", word_bits, f"at least {self.address_bits}: a word must hold an address of {cells} cells"
             )
-        self.machine = Machine(cells, word, branch)
+        self.machine = Machine(cells, word_bits, branch)
         self.cells = cells
-        self.word = word
+        self.word_bits = word_bits
         self.branch = branch
         self.instructions = instructions
         self.layout = StateLayout(
-            **{f"memory{cell}": word for cell in range(cells)},
+            **{f"memory{cell}": word_bits for cell in range(cells)},
             pc=self.address_bits,
             address_a=self.address_bits,
             address_b=self.address_bits,
             # The low bits of c, and above them its sign.
             target=self.address_bits + 1,
-            x=word,
-            y=word,
+            x=word_bits,
+            y=word_bits,
             borrow=1,
             select=cells,
             **({"nonzero": 1} if branch == "nonpositive" else {}),
             fetch=1,
             read=1,
-            subtract=word,
+            subtract=word_bits,
             write=1,
         )
 
     @property
-    def step_micro_steps(self) -> int:
-        """Micro-steps of one instruction, w + 3."""
-        return self.word + 3
+    def micro_steps_per_instruction(self) -> int:
+        """Number of micro-steps of one instruction, w + 3."""
+        return self.word_bits + 3
 
-    def rules(self) -> Iterator[Template]:
-        """A block for each phase, and what is kept between them."""
+    def make_templates(self) -> Iterator[Template]:
+        """Yield a block for each phase, and what is kept between them."""
         yield from self._fetch()
         yield from self._read()
         yield from self._subtract()
@@ -108,7 +127,7 @@ class SBN(Task[Program, MachineState]):
         return self.layout[field][0]
 
     def _holds(self, field: str, value: int) -> tuple[list[int], list[int]]:
-        """The bits that must be 1, and those that must be 0, where a field holds a value."""
+        """Return the bits that are 1, and those that are 0, where a field holds a value."""
         bits = self.layout[field]
         return [p for i, p in enumerate(bits) if value >> i & 1], [p for i, p in enumerate(bits) if not value >> i & 1]
 
@@ -146,7 +165,7 @@ class SBN(Task[Program, MachineState]):
         x, y, borrow, subtract = self.layout["x"], self.layout["y"], self._bit("borrow"), self.layout["subtract"]
         write = self._bit("write")
         for register in (x, y):
-            for i in range(1, self.word):
+            for i in range(1, self.word_bits):
                 yield Template.rule("shift", ones=[register[i]], zeros=[write], sets=[register[i - 1]])
         digits = (y[0], x[0], borrow)
         difference = [x[-1], self._bit("nonzero")] if self.branch == "nonpositive" else [x[-1]]
@@ -156,7 +175,7 @@ class SBN(Task[Program, MachineState]):
         yield Template.rule("borrow", ones=[x[0]], zeros=[y[0], write], sets=[borrow])
         yield Template.rule("borrow", ones=[borrow], zeros=[y[0], write], sets=[borrow])
         yield Template.rule("borrow", ones=[x[0], borrow], zeros=[write], sets=[borrow])
-        for i in range(self.word - 1):
+        for i in range(self.word_bits - 1):
             yield Template.rule("phase", ones=[subtract[i]], sets=[subtract[i + 1]])
         for cell, line in enumerate(self.layout["select"]):
             ones, zeros = self._holds("address_b", cell)
@@ -199,7 +218,7 @@ class SBN(Task[Program, MachineState]):
             yield Template.rule("keep register", ones=[bit], zeros=[write], sets=[bit])
 
     def inputs(self, generator: random.Random) -> Iterator[Program]:
-        """The shipped programs that fit, a few random memories after each, then random ones for ever."""
+        """Yield the shipped programs that fit, a few random memories after each, then random ones for ever."""
         for program in self._shipped_programs():
             yield program
             for _ in range(_RANDOM_AFTER_EACH_PROGRAM):
@@ -208,9 +227,9 @@ class SBN(Task[Program, MachineState]):
             yield self._random_program(generator)
 
     def _shipped_programs(self) -> Iterator[Program]:
-        if self.word < _SHIPPED_WORD:
+        if self.word_bits < _SHIPPED_WORD_BITS:
             return
-        folder = resources.files("ntk_ensembles.sbn") / "programs"
+        folder = resources.files("ntk_ensembles.tasks") / "programs"
         for file in sorted(folder.iterdir(), key=lambda file: file.name):
             label, *rule, ending = file.name.split(".")
             if ending != "dec" or (rule and rule != [self.branch]):
@@ -224,26 +243,44 @@ class SBN(Task[Program, MachineState]):
             yield Program(state, executed + 1, label)
 
     def _random_program(self, generator: random.Random) -> Program:
-        memory = tuple(self.machine.wrap(generator.getrandbits(self.word)) for _ in range(self.cells))
-        state = MachineState(memory, generator.randrange(self.cells), halted=False)
-        return Program(state, self.instructions, "random memory")
+        return Program(self.machine.random_state(generator), self.instructions, "random memory")
 
-    def fields(self, value: Program) -> dict[str, int]:
-        """Memory and pc, about to fetch unless halted."""
-        words = [word % (1 << self.word) for word in value.state.memory]
-        memory = {f"memory{cell}": word for cell, word in enumerate(words)}
-        return {**memory, "pc": value.state.pc, "fetch": int(not value.state.halted)}
+    def initial_fields(self, task_input: Program) -> dict[str, int]:
+        """Return memory and pc, about to fetch unless halted."""
+        state = task_input.state
+        memory = {f"memory{cell}": word % (1 << self.word_bits) for cell, word in enumerate(state.memory)}
+        return {**memory, "pc": state.pc, "fetch": int(not state.halted)}
 
-    def output(self, fields: dict[str, int]) -> MachineState:
-        """The computer's state; halted if no phase bit is set."""
+    def read_output(self, fields: dict[str, int]) -> MachineState:
+        """Return the computer's state; it has halted if no phase bit is set."""
         memory = tuple(self.machine.wrap(fields[f"memory{cell}"]) for cell in range(self.cells))
-        halted = not any(fields[phase] for phase in ("fetch", "read", "subtract", "write"))
+        halted = not any(fields[phase] for phase in PHASES)
         return MachineState(memory, fields["pc"], halted)
 
-    def reference(self, value: Program) -> MachineState:
-        """The interpreter's state after the same number of instructions."""
-        return self.machine.run(value.state, value.instructions)[0]
+    def reference(self, task_input: Program) -> MachineState:
+        """Return the interpreter's state after the same number of instructions."""
+        return self.machine.run(task_input.state, task_input.instructions)[0]
 
-    def micro_steps(self, value: Program) -> int:
-        """Exactly w + 3 for each instruction."""
-        return value.instructions * self.step_micro_steps
+    def num_micro_steps(self, task_input: Program) -> int:
+        """Return w + 3 for each instruction."""
+        return task_input.instructions * self.micro_steps_per_instruction
+
+    def pack(self, states: Sequence[MachineState]) -> Bool[Tensor, "states bits"]:
+        """Return the states of many computers at once as bits: about to fetch, or halted."""
+        packed = np.zeros((len(states), self.layout.bits), np.bool_)
+        memory = np.array([state.memory for state in states], np.int64).reshape(len(states), self.cells)
+        bits = [bit for cell in range(self.cells) for bit in self.layout[f"memory{cell}"]]
+        packed[:, bits] = _digits(memory, self.word_bits).reshape(len(states), len(bits))
+        packed[:, list(self.layout["pc"])] = _digits(np.array([s.pc for s in states], np.int64), self.address_bits)
+        packed[:, self._bit("fetch")] = [not state.halted for state in states]
+        return torch.from_numpy(packed)
+
+    def is_running(self, states: Bool[Tensor, "states bits"]) -> Bool[Tensor, " states"]:
+        """Return which computers have not halted: some phase bit is set."""
+        return states[:, [bit for phase in PHASES for bit in self.layout[phase]]].any(1)
+
+
+def _digits(values: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+    """Return the lowest binary digits of integers, in two's complement, along a new last axis."""
+    octets = np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, values.itemsize)
+    return np.unpackbits(octets[..., : -(-count // 8)], axis=-1, count=count, bitorder="little").view(np.bool_)

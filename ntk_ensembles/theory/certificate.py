@@ -5,22 +5,30 @@ for each bit and each C_j the most and the fewest templates that can match. `cer
 them exactly, with a state that attains it; from its margin follow the members that suffice.
 
 It speaks of infinitely wide members trained to convergence. Their number is finite where a number of
-members is given, their width never: a finite width shifts the mean by O(1/n) and is not covered.
+members is given, their width never: a finite width n shifts the mean by O(√(k/n)) (docs/theory.md, section 10),
+which is not covered.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float64
 from scipy.special import log_ndtr, ndtri_exp
 from torch import Tensor
 
-from ntk_ensembles.tasks.extremes import Extreme, MatchExtremes
+from ntk_ensembles.errors import OptionError
+from ntk_ensembles.tasks import EvaluationSet, Task
+from ntk_ensembles.templates.bounds import Bound, MatchBounds, exclusive_bits
 from ntk_ensembles.theory.decoding import (
+    DECODERS,
     TIE,
     Decoder,
     decode,
@@ -34,24 +42,31 @@ from ntk_ensembles.theory.predictor import TemplatePredictor
 _ROUNDING = 1e-13
 """Margins that differ by less are the same one, reached by other sums."""
 
+_COVERS = (
+    "This covers the mean of infinitely wide members trained to convergence, and, where members are counted, the "
+    "Gaussian spread of infinitely wide members around it. It does not cover what a finite width adds (a shift of the "
+    "mean of order 1/width), members that have not converged, or rounding: train.py measures those."
+)
+_INPUTS_SEEN = 1000
+
 
 @dataclass(frozen=True)
-class Critical:
+class WorstCase:
     """A state and one of its bits.
 
     Attributes:
         margin: of the infinite ensemble there; negative where it decodes the bit wrongly.
         bit: its position.
-        matched: s, how many templates match the state.
-        setting: C_j, how many of these set the bit.
+        num_matches: s, how many templates match the state.
+        set_count: C_j, how many of these set the bit.
         fan_in: F_j, how many templates set the bit at all.
         state: the state.
     """
 
     margin: float
     bit: int
-    matched: int
-    setting: int
+    num_matches: int
+    set_count: int
     fan_in: int
     state: Bool[Tensor, " bits"]
 
@@ -62,7 +77,7 @@ class Certificate:
 
     Attributes:
         decoder: which.
-        matched: the most templates that match one of the states.
+        num_matches: the most templates that match one of the states.
         ones: where a bit that must be decoded 1 has the smallest margin; None if no template sets any bit.
         zeros: where a bit that must be decoded 0 has; None if every state sets every bit.
         proven: whether the two are the worst there are; a search that ran out of time leaves it open.
@@ -72,9 +87,9 @@ class Certificate:
     """
 
     decoder: Decoder
-    matched: Extreme
-    ones: Critical | None
-    zeros: Critical | None
+    num_matches: Bound
+    ones: WorstCase | None
+    zeros: WorstCase | None
     proven: bool
     score: float
     bits: int
@@ -112,7 +127,7 @@ class Certificate:
             ValueError: δ outside its range.
         """
         if not 0 < delta < 1:
-            raise ValueError(f"--delta {delta}: expected a number between 0 and 1")
+            raise OptionError("delta", delta, "a number between 0 and 1")
         if self.score == 0:
             return None
         log_tail = math.log(delta) - log_states - math.log(self.bits)
@@ -125,7 +140,7 @@ class Certificate:
         return found
 
 
-def certify(predictor: TemplatePredictor, extremes: MatchExtremes, decoder: Decoder) -> Certificate:
+def certify(predictor: TemplatePredictor, extremes: MatchBounds, decoder: Decoder) -> Certificate:
     """The worst margins of a decoder over a set of states, with states that attain them.
 
     Branch and bound over (bit, C_j): each has a range of s, at first that of all states; the pair whose range
@@ -139,7 +154,7 @@ def certify(predictor: TemplatePredictor, extremes: MatchExtremes, decoder: Deco
     Raises:
         ValueError: an unknown decoder.
     """
-    most, fewest = extremes.most(), extremes.fewest()
+    most, fewest = extremes.max_matches(), extremes.min_matches()
     assert most is not None
     if fewest is None:
         # Nothing ever matches: every next state is zero, and decoded so with certainty.
@@ -148,8 +163,8 @@ def certify(predictor: TemplatePredictor, extremes: MatchExtremes, decoder: Deco
     for extreme in (most, fewest):
         search.note(extreme.state)
     pairs = [_Pair(kind, column, fewest.bound, most.bound) for column, kind in enumerate(search.kinds)]
-    ones, ones_proven = search.worst([pair for pair in pairs if pair.kind.setting], extremes, True)
-    zeros, zeros_proven = search.worst([pair for pair in pairs if not pair.kind.setting], extremes, False)
+    ones, ones_proven = search.worst([pair for pair in pairs if pair.kind.set_count], extremes, True)
+    zeros, zeros_proven = search.worst([pair for pair in pairs if not pair.kind.set_count], extremes, False)
     return Certificate(
         decoder,
         most,
@@ -166,7 +181,7 @@ class _Kind:
     """What a prediction depends on besides s."""
 
     bit: int
-    setting: int
+    set_count: int
 
 
 @dataclass
@@ -191,36 +206,36 @@ class _Search:
         # Between C_j = 1 and F_j every count is possible, as far as is known here.
         self.kinds = [_Kind(bit, c) for bit, total in enumerate(fan_in) for c in range(min(total, most) + 1)]
         bits = torch.tensor([kind.bit for kind in self.kinds])
-        matched = torch.arange(most + 1)
-        setting = torch.tensor([kind.setting for kind in self.kinds])
-        mean = predictor.mean(matched, setting.expand(len(matched), -1), predictor.fan_in[bits])
-        levels = thresholds(decoder, predictor, matched)[:, bits]
-        self._margins: Float64[Tensor, "matched kinds"] = margins(mean, levels, (setting > 0).expand_as(mean))
+        num_matches = torch.arange(most + 1)
+        set_count = torch.tensor([kind.set_count for kind in self.kinds])
+        mean = predictor.mean(num_matches, set_count.expand(len(num_matches), -1), predictor.fan_in[bits])
+        levels = thresholds(decoder, predictor, num_matches)[:, bits]
+        self._margins: Float64[Tensor, "num_matches kinds"] = margins(mean, levels, (set_count > 0).expand_as(mean))
         # s < C_j cannot be.
-        self._margins[matched[:, None] < setting] = math.inf
-        self._deviations = predictor.variance(matched).sqrt()
-        self._best: dict[bool, Critical] = {}
+        self._margins[num_matches[:, None] < set_count] = math.inf
+        self._deviations = predictor.variance(num_matches).sqrt()
+        self._best: dict[bool, WorstCase] = {}
 
     def note(self, state: Bool[Tensor, " bits"]) -> None:
         """Take up the margins of one state."""
         predictor = self._predictor
         matches = predictor.templates.matches(state[None])
-        counts, matched = predictor.templates.counts(matches), matches.sum(1)
-        if matched == 0:
+        counts, num_matches = predictor.templates.set_counts(matches), matches.sum(1)
+        if num_matches == 0:
             return
-        mean = predictor.mean(matched, counts, predictor.fan_in)
-        row = margins(mean, thresholds(self._decoder, predictor, matched), counts > 0)[0]
+        mean = predictor.mean(num_matches, counts, predictor.fan_in)
+        row = margins(mean, thresholds(self._decoder, predictor, num_matches), counts > 0)[0]
         for ones in (True, False):
             candidates = torch.nonzero((counts[0] > 0) == ones).flatten()
             if not len(candidates):
                 continue
             bit = int(candidates[row[candidates].argmin()])
             if ones not in self._best or row[bit] < self._best[ones].margin:
-                self._best[ones] = Critical(
-                    float(row[bit]), bit, int(matched), int(counts[0, bit]), int(predictor.fan_in[bit]), state
+                self._best[ones] = WorstCase(
+                    float(row[bit]), bit, int(num_matches), int(counts[0, bit]), int(predictor.fan_in[bit]), state
                 )
 
-    def worst(self, pairs: list[_Pair], extremes: MatchExtremes, ones: bool) -> tuple[Critical | None, bool]:
+    def worst(self, pairs: list[_Pair], extremes: MatchBounds, ones: bool) -> tuple[WorstCase | None, bool]:
         """The smallest margin over these pairs, and whether it is proven to be."""
         open_pairs = [(self._lowest(pair), pair) for pair in pairs]
         while open_pairs:
@@ -236,9 +251,9 @@ class _Search:
             kind = pair.kind
             if end == "high" and not pair.bounded:
                 pair.bounded = True
-                pair.high = min(pair.high, extremes.most_setting(kind.bit, kind.setting))
+                pair.high = min(pair.high, extremes.max_matches_estimate(kind.bit, kind.set_count))
             else:
-                extreme = (extremes.most if end == "high" else extremes.fewest)(kind.bit, kind.setting)
+                extreme = (extremes.max_matches if end == "high" else extremes.min_matches)(kind.bit, kind.set_count)
                 if extreme is None:
                     pair.low, pair.high = 1, 0
                 else:
@@ -271,7 +286,7 @@ def members_for_states(
     predictor: TemplatePredictor,
     decoder: Decoder,
     matches: Bool[Tensor, "states templates"],
-    successors: Bool[Tensor, "states bits"],
+    next_states: Bool[Tensor, "states bits"],
     delta: float,
 ) -> int | None:
     """The smallest N for which given states are all decoded right with probability at least 1 − δ.
@@ -283,14 +298,14 @@ def members_for_states(
         predictor: the theory.
         decoder: one of `DECODERS`.
         matches: which templates match each state.
-        successors: the true next states.
+        next_states: the true next states.
         delta: δ, between 0 and 1.
 
     Returns:
         None where no number suffices: the infinite mean itself decodes a bit wrongly, or stands on its threshold.
     """
     gaussian = predictor.predict(matches)
-    distances = margins(gaussian.mean, thresholds(decoder, predictor, matches.sum(1)), successors)
+    distances = margins(gaussian.mean, thresholds(decoder, predictor, matches.sum(1)), next_states)
     if float(distances.min()) <= TIE:
         return None
 
@@ -308,7 +323,7 @@ def members_for_states(
     return high
 
 
-def sign_padding(predictor: TemplatePredictor, extremes: MatchExtremes) -> int:
+def sign_padding(predictor: TemplatePredictor, extremes: MatchBounds) -> int:
     """Zero-label templates that make the sign rule right on all states in question (the paper's padding).
 
     A 1-bit's mean is w_m·C + w_u·(F − C) = (w_m − w_u)·C + w_u·F. With DESIGN §2's weights it is positive if
@@ -321,41 +336,157 @@ def sign_padding(predictor: TemplatePredictor, extremes: MatchExtremes) -> int:
     Returns:
         The smallest number; an upper bound of it where a search ran out of time.
     """
-    most = extremes.most()
+    most = extremes.max_matches()
     assert most is not None
     size = len(predictor.templates)
     bounds = {
-        (bit, setting): _templates_needed(most.bound, setting, total)
+        (bit, set_count): _templates_needed(most.bound, set_count, total)
         for bit, total in enumerate(predictor.fan_in.tolist())
-        for setting in range(1, min(total, most.bound) + 1)
+        for set_count in range(1, min(total, most.bound) + 1)
     }
     needed, critical = 0.0, (0, 0, 0)
-    for (bit, setting), bound in sorted(bounds.items(), key=lambda item: -item[1]):
+    for (bit, set_count), bound in sorted(bounds.items(), key=lambda item: -item[1]):
         if bound <= max(needed, size - 1):
             break
-        extreme = extremes.most(bit, setting)
+        extreme = extremes.max_matches(bit, set_count)
         if extreme is None:
             continue
-        exact = _templates_needed(extreme.bound, setting, int(predictor.fan_in[bit]))
+        exact = _templates_needed(extreme.bound, set_count, int(predictor.fan_in[bit]))
         if exact > needed:
-            needed, critical = exact, (bit, setting, extreme.bound)
-    bit, setting, matched = critical
+            needed, critical = exact, (bit, set_count, extreme.bound)
+    bit, set_count, num_matches = critical
     padding = max(0, math.floor(needed) + 1 - size)
     # Rounding, and a threshold a little above 0: the rule itself has the last word.
-    while matched and not _reads_one(TemplatePredictor(predictor.templates, padding), bit, setting, matched):
+    while num_matches and not _reads_one(TemplatePredictor(predictor.templates, padding), bit, set_count, num_matches):
         padding += 1
     return padding
 
 
-def _templates_needed(matched: int, setting: int, fan_in: int) -> float:
-    """The k above which the mean of a bit with C = ``setting`` ≥ 1 is positive."""
+def _templates_needed(num_matches: int, set_count: int, fan_in: int) -> float:
+    """The k above which the mean of a bit with C = ``set_count`` ≥ 1 is positive."""
     gap = NTK_DIAGONAL - ORTHOGONAL
-    excess = float(ntk_profile(torch.tensor(matched**-0.5, dtype=torch.float64))) - ORTHOGONAL
-    return fan_in * (matched - gap / excess) / setting - gap / ORTHOGONAL
+    excess = float(ntk_profile(torch.tensor(num_matches**-0.5, dtype=torch.float64))) - ORTHOGONAL
+    return fan_in * (num_matches - gap / excess) / set_count - gap / ORTHOGONAL
 
 
-def _reads_one(predictor: TemplatePredictor, bit: int, setting: int, matched: int) -> bool:
+def _reads_one(predictor: TemplatePredictor, bit: int, set_count: int, num_matches: int) -> bool:
     """Whether the sign rule decodes a bit with these counts as 1."""
-    state = torch.tensor([matched])
-    mean = predictor.mean(state, torch.tensor([[setting]]), predictor.fan_in[bit : bit + 1])
+    state = torch.tensor([num_matches])
+    mean = predictor.mean(state, torch.tensor([[set_count]]), predictor.fan_in[bit : bit + 1])
     return bool(decode(mean, thresholds("sign", predictor, state)[:, bit : bit + 1]))
+
+
+def certify_task(
+    task: Task[Any, Any],
+    *,
+    decoders: Sequence[Decoder] = DECODERS,
+    delta: float = 1e-6,
+    evaluation_states: int = 1000,
+    evaluation_seed: int = 0,
+) -> dict[str, Any]:
+    """Return what a task's templates promise, as plain values: the object that ``ntk-ensembles certify --json`` prints.
+
+    Args:
+        task: Task to certify.
+        decoders: Decoders to certify.
+        delta: Chance δ of any wrong bit that the members needed must stay below, between 0 and 1.
+        evaluation_states: Number of evaluation states to sample beside the proofs, at least 1.
+        evaluation_seed: Seed of the evaluation states.
+
+    Raises:
+        ValueError: An argument is outside its range.
+        TaskError: The templates do not lead to the task's reference.
+        RuntimeError: The solver failed.
+    """
+    templates = task.templates
+    predictor = TemplatePredictor(templates)
+    evaluation = EvaluationSet.sample(task, evaluation_states, evaluation_seed)
+    seen = evaluation.matches.sum(1)
+    start, start_names = _start_bits(task, evaluation_seed)
+    scopes = {
+        "all_states": MatchBounds(templates),
+        "reachable": MatchBounds(templates, exclusive_bits(templates, start)),
+    }
+    extremes = {name: scope.max_matches() for name, scope in scopes.items()}
+    rows: dict[str, Any] = {}
+    for decoder in decoders:
+        certificates = {name: certify(predictor, scope, decoder) for name, scope in scopes.items()}
+        rows[decoder] = {name: _describe(task, certificate) for name, certificate in certificates.items()}
+        rows[decoder]["members"] = {
+            "one_state": certificates["all_states"].members(delta),
+            "one_reachable_state": certificates["reachable"].members(delta),
+            "evaluation_states": members_for_states(
+                predictor, decoder, evaluation.matches, evaluation.next_states, delta
+            ),
+            "all_states": certificates["all_states"].members(delta, task.layout.bits * math.log(2)),
+        }
+        if decoder == "sign":
+            rows[decoder]["padding"] = {name: sign_padding(predictor, scope) for name, scope in scopes.items()}
+    return {
+        "task": {"name": task.name, **task.options},
+        "templates": len(templates),
+        "state_bits": task.layout.bits,
+        "delta": delta,
+        "matched": {
+            **{name: _describe_extreme(extreme) for name, extreme in extremes.items()},
+            "sampled": {"states": len(evaluation), "min": int(seen.min()), "max": int(seen.max())},
+            "reachable_from": start_names,
+        },
+        "fan_in": {
+            "min": int(templates.fan_in.min()),
+            "max": int(templates.fan_in.max()),
+            "max_bit": task.layout.bit_name(int(templates.fan_in.argmax())),
+        },
+        "decoders": rows,
+        "covers": _COVERS,
+    }
+
+
+def _start_bits(task: Task[Any, Any], seed: int) -> tuple[Bool[Tensor, " bits"], list[str]]:
+    """In each field the bits between the lowest and the highest that the first inputs set; and their names."""
+    used: dict[str, int] = {}
+    for value in itertools.islice(task.inputs(random.Random(seed)), _INPUTS_SEEN):
+        for name, content in task.initial_fields(value).items():
+            used[name] = used.get(name, 0) | content
+    start = torch.zeros(task.layout.bits, dtype=torch.bool)
+    names = []
+    for name in task.layout:
+        content, bits = used.get(name, 0), task.layout[name]
+        if content:
+            low, high = (content & -content).bit_length() - 1, content.bit_length() - 1
+            start[bits[low] : bits[high] + 1] = True
+            whole = (low, high) == (0, len(bits) - 1)
+            names.append(name if whole else f"{name}[{low}]" if low == high else f"{name}[{low}:{high + 1}]")
+    return start, names
+
+
+def _describe_extreme(extreme: Bound | None) -> dict[str, Any]:
+    assert extreme is not None
+    return {"max": extreme.bound, "max_attained": extreme.attained}
+
+
+def _describe(task: Task[Any, Any], certificate: Certificate) -> dict[str, Any]:
+    return {
+        "exact": certificate.exact,
+        "coin_flips": certificate.tie,
+        "margin": certificate.margin if math.isfinite(certificate.margin) else None,
+        "worst_one": _describe_critical(task, certificate.ones),
+        "worst_zero": _describe_critical(task, certificate.zeros),
+    }
+
+
+def _describe_critical(task: Task[Any, Any], critical: WorstCase | None) -> dict[str, Any] | None:
+    """A state and bit in words: which bit, what sets it, and the state's fields that are not 0."""
+    if critical is None:
+        return None
+    templates = task.templates.templates
+    groups = Counter(template.group for template in templates if critical.bit in template.sets)
+    return {
+        "margin": critical.margin,
+        "bit": task.layout.bit_name(critical.bit),
+        "matched": critical.num_matches,
+        "set_by": critical.set_count,
+        "fan_in": critical.fan_in,
+        "groups": dict(groups.most_common()),
+        "state": {name: value for name, value in task.layout.unpack(critical.state).items() if value},
+    }

@@ -1,25 +1,27 @@
-"""From ensemble means to bits, and how often finite ensembles get them right (DESIGN §3).
+"""From ensemble means to bits, and how often finite ensembles get them right (docs/theory.md, section 7).
 
-A decoder is a threshold per state and bit; an output above it is read as 1. Its *margin* is the
-mean's distance to the threshold, positive where the infinite ensemble decodes right. The mean of N
-members deviates by a Gaussian of standard deviation σ/√N, so a bit fails with probability Φ(−margin·√N/σ).
+A decoder is a threshold for each state and bit; an output above it is read as 1. Its *margin* is the signed distance of
+the mean from the threshold, positive where the infinite ensemble decodes right. The mean of N members deviates by a
+Gaussian of standard deviation σ/√N, so a bit fails with probability Φ(−margin·√N/σ).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.theory.predictor import TemplatePredictor
 
 Decoder = Literal["midpoint", "sign"]
-"""``midpoint``: halfway between the means of a bit that no matched template sets and one that a single
-matched template sets. ``sign``: above zero (the paper's)."""
+"""How a mean is turned into a bit. ``midpoint``: threshold halfway between the means of a bit that no matching template
+sets and of one that a single matching template sets. ``sign``: threshold zero (the paper's)."""
 
 DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 """All decoders, the default first."""
@@ -34,9 +36,12 @@ _CERTAIN_THRESHOLD = 0.5
 
 
 def thresholds(
-    decoder: Decoder, predictor: TemplatePredictor, matched: Int[Tensor, " states"]
+    decoder: Decoder,
+    predictor: TemplatePredictor,
+    num_matches: Int[Tensor, " states"],
+    fan_in: Int[Tensor, " bits"] | None = None,
 ) -> Float64[Tensor, "states bits"]:
-    """The output above which a bit is read as 1.
+    """Return the output above which a bit is read as 1.
 
     Midpoint: τ_j = w_u·F_j + (w_m − w_u)/2. Since mean_j − w_u·F_j = (w_m − w_u)·C_j, the margin is at least
     (a − c)/(2(d − c)) on either side, for every template set. Sign: `SIGN_THRESHOLD`. Where s = 0 the output
@@ -44,31 +49,33 @@ def thresholds(
     decodes the same and marks these bits as certain rather than as ties.
 
     Args:
-        decoder: one of `DECODERS`.
-        predictor: the weights and fan-ins.
-        matched: s, how many templates match each state.
+        decoder: One of `DECODERS`.
+        predictor: Source of the weights.
+        num_matches: Number of templates s that match each state.
+        fan_in: Fan-in F_j of each bit; by default the predictor's.
 
     Raises:
-        ValueError: an unknown decoder.
+        ValueError: The decoder is unknown.
     """
+    fan_in = predictor.fan_in if fan_in is None else fan_in
     if decoder == "midpoint":
-        matched_weight, unmatched_weight = predictor.weights(matched)
-        result = unmatched_weight[:, None] * predictor.fan_in + (matched_weight - unmatched_weight)[:, None] / 2
+        matched_weight, unmatched_weight = predictor.weights(num_matches)
+        result = unmatched_weight[:, None] * fan_in + (matched_weight - unmatched_weight)[:, None] / 2
     elif decoder == "sign":
-        result = torch.full((len(matched), len(predictor.fan_in)), SIGN_THRESHOLD, dtype=torch.float64)
+        result = torch.full((len(num_matches), len(fan_in)), SIGN_THRESHOLD, dtype=torch.float64)
     else:
         raise ValueError(f"decoder {decoder!r}: expected one of {', '.join(DECODERS)}")
-    return result.masked_fill(matched[:, None] == 0, _CERTAIN_THRESHOLD)
+    return result.masked_fill(num_matches[:, None] == 0, _CERTAIN_THRESHOLD)
 
 
 def decode(
     outputs: Float[Tensor, "*batch states bits"], thresholds: Float64[Tensor, "states bits"]
 ) -> Bool[Tensor, "*batch states bits"]:
-    """The bits that outputs stand for: 1 above the threshold, 0 at or below it.
+    """Decode outputs to bits: 1 above the threshold, 0 at or below it.
 
     Args:
-        outputs: of the network or of an ensemble's mean, any float dtype and device.
-        thresholds: of the same states, from `thresholds`.
+        outputs: Outputs of a network or of an ensemble's mean, any float dtype and device.
+        thresholds: Thresholds of the same states, from `thresholds`.
     """
     return outputs > thresholds.to(outputs.device)
 
@@ -76,21 +83,88 @@ def decode(
 def margins(
     mean: Float64[Tensor, "states bits"],
     thresholds: Float64[Tensor, "states bits"],
-    successors: Bool[Tensor, "states bits"],
+    next_states: Bool[Tensor, "states bits"],
 ) -> Float64[Tensor, "states bits"]:
-    """The mean's distance to the threshold, positive on the side of the true bit.
+    """Return the signed distance of the mean from the threshold, positive on the side of the true bit.
 
     Args:
-        mean: of the infinite ensemble, from `TemplatePredictor.predict`.
-        thresholds: of the same states, from `thresholds`.
-        successors: the true next states.
+        mean: Mean output of an ensemble, such as that of `TemplatePredictor.predict`.
+        thresholds: Thresholds of the same states, from `thresholds`.
+        next_states: True next states.
     """
     distance = mean - thresholds
-    return distance.where(successors, -distance)
+    return distance.where(next_states, -distance)
+
+
+def decode_mean(
+    mean: Float64[Tensor, "states bits"],
+    decoder: Decoder,
+    predictor: TemplatePredictor,
+    num_matches: Int[Tensor, " states"],
+    next_states: Bool[Tensor, "states bits"],
+) -> tuple[Bool[Tensor, "states bits"], Float64[Tensor, "states bits"]]:
+    """Decode a mean and return its bits and margins.
+
+    Args:
+        mean: Mean output of an ensemble.
+        decoder: One of `DECODERS`.
+        predictor: Source of the weights and fan-ins.
+        num_matches: Number of templates s that match each state.
+        next_states: True next states.
+
+    Raises:
+        ValueError: The decoder is unknown.
+    """
+    limits = thresholds(decoder, predictor, num_matches)
+    return decode(mean, limits), margins(mean, limits, next_states)
+
+
+class MarginTable(NamedTuple):
+    """What the infinite ensemble predicts for every s from 0 on (rows) and some pairs of C_j and F_j (columns)."""
+
+    means: Float64[Tensor, "s columns"]
+    """Mean outputs."""
+
+    decoded: Bool[Tensor, "s columns"]
+    """Decoded bits; in rows s < C_j, which cannot be, the true ones."""
+
+    margins: Float64[Tensor, "s columns"]
+    """Margins; ∞ for s = 0 and in rows s < C_j."""
+
+
+def margin_table(
+    predictor: TemplatePredictor,
+    decoder: Decoder,
+    num_matches_max: int,
+    set_counts: Int[Tensor, " columns"],
+    fan_in: Int[Tensor, " columns"],
+) -> MarginTable:
+    """Tabulate means, decoded bits and margins: predictions depend on nothing but s, C_j and F_j.
+
+    Args:
+        predictor: LimitPrediction, padding included.
+        decoder: One of `DECODERS`.
+        num_matches_max: Largest s.
+        set_counts: C_j of each column.
+        fan_in: F_j of each column.
+
+    Raises:
+        ValueError: The decoder is unknown.
+    """
+    num_matches = torch.arange(num_matches_max + 1)
+    means = predictor.mean(num_matches, set_counts.expand(len(num_matches), -1), fan_in)
+    limits = thresholds(decoder, predictor, num_matches, fan_in)
+    true = (set_counts > 0).expand_as(means)
+    impossible = num_matches[:, None] < set_counts
+    return MarginTable(
+        means,
+        decode(means, limits).where(~impossible, true),
+        margins(means, limits, true).masked_fill(impossible | (num_matches == 0)[:, None], torch.inf),
+    )
 
 
 def _scores(margins: Tensor, variance: Tensor, members: int) -> Tensor:
-    """The margin in standard deviations of the mean of ``members``; ±∞ where nothing varies."""
+    """Return margins in standard deviations of the mean of ``members``; ±∞ where nothing varies."""
     if members < 1:
         raise ValueError(f"{members} members: expected at least 1")
     deviation = (variance / members).sqrt()[:, None]
@@ -102,23 +176,23 @@ def _scores(margins: Tensor, variance: Tensor, members: int) -> Tensor:
 def bit_error_probability(
     margins: Float64[Tensor, "states bits"], variance: Float64[Tensor, " states"], members: int
 ) -> Float64[Tensor, "states bits"]:
-    """The chance Φ(−margin·√N/σ) that an ensemble of infinitely wide members decodes a bit wrongly.
+    """Return the chance Φ(−margin·√N/σ) that an ensemble of infinitely wide members decodes a bit wrongly.
 
-    Where σ = 0 it is 0 or 1 by the margin's sign. A margin of at most `TIE` counts as a coin flip, 1/2, even
-    where σ = 0: only the sign rule has such, at bits whose mean is exactly 0 (nothing writes them, or
-    s = 1), and there a finite ensemble falls to either side (DESIGN §3). The zero state is no tie: a
-    network without biases outputs exactly 0, and `thresholds` leaves a wide margin.
+    Where σ = 0 it is 0 or 1 by the margin's sign. A margin of at most `TIE` is a tie, decoded at
+    random: 1/2, even where σ = 0. Only the sign decoder has ties, at bits whose mean is exactly 0 (no template sets
+    them, or s = 1), and there a finite ensemble falls to either side. The zero state is no tie: a network without
+    biases outputs exactly 0, and `thresholds` leaves a wide margin.
 
     Args:
-        margins: from `margins`.
-        variance: of one member, from `TemplatePredictor.predict`.
-        members: N, at least 1.
+        margins: Margins from `margins`.
+        variance: Variance of one member, from `TemplatePredictor.predict`.
+        members: Number of members N, at least 1.
 
     Returns:
         The probabilities, with full relative accuracy in the tail down to about 1e-300.
 
     Raises:
-        ValueError: no members.
+        ValueError: There are no members.
     """
     # erfc keeps the tail's relative accuracy, which 1 − Φ(z) loses beyond 8 standard deviations.
     tails: Tensor = torch.special.erfc(_scores(margins, variance, members) * 0.5**0.5)
@@ -128,18 +202,18 @@ def bit_error_probability(
 def log_exact_match_probability(
     margins: Float64[Tensor, "states bits"], variance: Float64[Tensor, " states"], members: int
 ) -> Float64[Tensor, " states"]:
-    """The logarithm of the chance that all bits of a state are decoded right: Σ_j log(1 − error_j).
+    """Return the logarithm of the chance that all bits of a state are decoded right: Σ_j log(1 − error_j).
 
     Its negative is accurate however small, so ``-torch.expm1(...)`` is the chance of any error where the
     probability itself rounds to 1. Errors are those of `bit_error_probability`, ties included.
 
     Args:
-        margins: from `margins`.
-        variance: of one member, from `TemplatePredictor.predict`.
-        members: N, at least 1.
+        margins: Margins from `margins`.
+        variance: Variance of one member, from `TemplatePredictor.predict`.
+        members: Number of members N, at least 1.
 
     Raises:
-        ValueError: no members.
+        ValueError: There are no members.
     """
     logs: Tensor = torch.special.log_ndtr(_scores(margins, variance, members))
     return logs.sum(1)
@@ -148,40 +222,41 @@ def log_exact_match_probability(
 def exact_match_probability(
     margins: Float64[Tensor, "states bits"], variance: Float64[Tensor, " states"], members: int
 ) -> Float64[Tensor, " states"]:
-    """The chance that all bits of a state are decoded right: Π_j (1 − error_j), for bits are independent.
+    """Return the chance that all bits of a state are decoded right: Π_j (1 − error_j), for bits are independent.
 
     Args:
-        margins: from `margins`.
-        variance: of one member, from `TemplatePredictor.predict`.
-        members: N, at least 1.
+        margins: Margins from `margins`.
+        variance: Variance of one member, from `TemplatePredictor.predict`.
+        members: Number of members N, at least 1.
 
     Raises:
-        ValueError: no members.
+        ValueError: There are no members.
     """
     return log_exact_match_probability(margins, variance, members).exp()
 
 
 @dataclass(frozen=True)
 class ExactMatchBand:
-    """How the exact-match rate on fixed evaluation states varies over ensembles of N members."""
+    """Spread of the exact-match rate on fixed evaluation states over ensembles of N members."""
 
     members: tuple[int, ...]
-    """N of each row."""
+    """Number of members N of each row."""
 
     mean: Float64[Tensor, " sizes"]
-    """The expected rate over all evaluation states: exact, not drawn."""
+    """Expected rate over all evaluation states: exact, not drawn."""
 
     levels: tuple[float, ...]
-    """The probability that each column of ``quantiles`` belongs to."""
+    """Probability of each column of ``quantiles``."""
 
     quantiles: Float64[Tensor, "sizes levels"]
-    """The rate that an ensemble stays below with that probability."""
+    """Entry (i, j) is the exact-match rate that an ensemble of ``members[i]`` members falls below with probability
+    ``levels[j]``."""
 
 
 def exact_match_band(
     predictor: TemplatePredictor,
     matches: Bool[Tensor, "states templates"],
-    successors: Bool[Tensor, "states bits"],
+    next_states: Bool[Tensor, "states bits"],
     decoder: Decoder,
     members: Sequence[int],
     *,
@@ -190,24 +265,24 @@ def exact_match_band(
     levels: Sequence[float] = (0.05, 0.95),
     states_max: int = 2048,
 ) -> ExactMatchBand:
-    """The Monte-Carlo band of the share of states decoded right, for single ensembles of N members.
+    """Return the Monte Carlo band of the share of states decoded right, for single ensembles of N members.
 
     States share their members, so they fail together and the band is wider than that of independent
     states. Each draw is one joint Gaussian deviation over all states for every bit; it serves every N,
-    scaled by 1/√N. Ties count as coins, as in `bit_error_probability`.
+    scaled by 1/√N. Ties are decoded at random, as in `bit_error_probability`.
 
     Args:
-        predictor: the theory.
-        matches: of the evaluation states.
-        successors: their true next states.
-        decoder: one of `DECODERS`.
-        members: the N wanted.
-        generator: a CPU generator; all randomness comes from it.
-        draws: ensembles drawn.
-        levels: the quantiles wanted.
-        states_max: of more states than this a random subset of that size is drawn, once; their band is at most
-            0.5/√states_max (a standard deviation) wider than that of all. The covariance's square root costs
-            states³ time, and each draw states²·bits.
+        predictor: LimitPrediction of the ensemble.
+        matches: Templates that match each evaluation state.
+        next_states: True next states.
+        decoder: One of `DECODERS`.
+        members: Numbers of members N.
+        generator: Source of all randomness, on the CPU.
+        draws: Number of ensembles to draw, at least 1.
+        levels: Probabilities of the quantiles, from 0 to 1.
+        states_max: Largest number of states to draw for. Of more, a random subset of that size is drawn, once; its band
+            is at most 0.5/√states_max (a standard deviation) wider than that of all. The covariance's square root
+            costs states³ time, and each draw states²·bits.
 
     Returns:
         The exact mean over all states, and quantiles over the draws. Deviations are drawn in float32, from
@@ -215,16 +290,16 @@ def exact_match_band(
         close to the deviation.
 
     Raises:
-        ValueError: no states, draws or members, or an unknown decoder.
+        ValueError: There are no states, draws or members, or the decoder is unknown.
     """
     if draws < 1 or not len(matches):
         raise ValueError(f"{draws} draws on {len(matches)} states: expected at least 1 of each")
     gaussian = predictor.predict(matches)
-    distances = margins(gaussian.mean, thresholds(decoder, predictor, matches.sum(1)), successors)
-    mean = torch.stack([exact_match_probability(distances, gaussian.variance, n).mean() for n in members])
+    _, margin = decode_mean(gaussian.mean, decoder, predictor, matches.sum(1), next_states)
+    mean = torch.stack([exact_match_probability(margin, gaussian.variance, n).mean() for n in members])
     if len(matches) > states_max:
         chosen = torch.randperm(len(matches), generator=generator)[:states_max]
-        matches, successors, distances = matches[chosen], successors[chosen], distances[chosen]
+        matches, next_states, margin = matches[chosen], next_states[chosen], margin[chosen]
 
     covariance = predictor.covariance(matches)
     # Repeated or dependent states make it singular; a jitter of √1e-9 of the largest σ mends that.
@@ -235,16 +310,87 @@ def exact_match_band(
     fixed = predictor.variance(matches.sum(1)) == 0
     # The square root leaves rounding where nothing varies.
     root[fixed] = 0
-    ties = distances.abs() <= TIE
-    distances = distances.masked_fill(ties, 0.0).to(torch.float32)
-    coins = ties & fixed[:, None]
+    ties = margin.abs() <= TIE
+    margin = margin.masked_fill(ties, 0.0).to(torch.float32)
+    # Where nothing varies, a tie is decoded at random all the same.
+    random_bits = ties & fixed[:, None]
     # A deviation helps a 1-bit when it is up and a 0-bit when it is down.
-    sides = successors.to(torch.float32) * 2 - 1
+    sides = next_states.to(torch.float32) * 2 - 1
     rates = torch.empty(len(members), draws, dtype=torch.float64)
     for draw in range(draws):
         deviations = sides * (root @ torch.randn(root.shape[1], sides.shape[1], generator=generator))
-        deviations[coins] = torch.randn(int(coins.sum()), generator=generator)
+        deviations[random_bits] = torch.randn(int(random_bits.sum()), generator=generator)
         for row, n in enumerate(members):
-            rates[row, draw] = (distances + deviations / n**0.5 > 0).all(1).to(torch.float64).mean()
+            rates[row, draw] = (margin + deviations / n**0.5 > 0).all(1).to(torch.float64).mean()
     quantiles = torch.quantile(rates, torch.tensor(tuple(levels), dtype=torch.float64), dim=1).T
     return ExactMatchBand(tuple(members), mean, tuple(levels), quantiles)
+
+
+class LimitPrediction:
+    """The infinite-width limit on a task's evaluation states: mean, variance, thresholds and margins.
+
+    Args:
+        task: Task that is learned.
+        evaluation: Its evaluation states.
+        antisymmetric: Members start at exactly 0, as in `TemplatePredictor`.
+
+    Attributes:
+        task: Task that is learned.
+        evaluation: Its evaluation states.
+        predictor: Predictor of the task's templates.
+        mean: Mean output of infinitely many members at each state.
+        variance: Variance of one member at each state.
+        thresholds: Thresholds of each decoder.
+        margins: Margins of each decoder.
+    """
+
+    def __init__(self, task: Task[Any, Any], evaluation: EvaluationSet, antisymmetric: bool = False) -> None:
+        self.task = task
+        self.evaluation = evaluation
+        self.predictor = TemplatePredictor(task.templates, antisymmetric=antisymmetric)
+        gaussian = self.predictor.predict(evaluation.matches)
+        self.mean, self.variance = gaussian.mean, gaussian.variance
+        num_matches = evaluation.matches.sum(1)
+        self.thresholds: dict[Decoder, Float64[Tensor, "states bits"]] = {
+            decoder: thresholds(decoder, self.predictor, num_matches) for decoder in DECODERS
+        }
+        self.margins: dict[Decoder, Float64[Tensor, "states bits"]] = {
+            decoder: margins(self.mean, limits, evaluation.next_states) for decoder, limits in self.thresholds.items()
+        }
+
+    @cached_property
+    def inputs(self) -> Float64[Tensor, "states templates"]:
+        """The encoded evaluation states."""
+        return self.predictor.templates.encode(self.evaluation.matches)
+
+    def decode(self, deviation: Float[Tensor, "states bits"], decoder: Decoder) -> Bool[Tensor, "states bits"]:
+        """Decode an ensemble whose mean deviates from the limit's by ``deviation``."""
+        return decode(self.mean + deviation, self.thresholds[decoder])
+
+    def exact_match(self, members: int, decoder: Decoder) -> float:
+        """Return the expected share of states that ``members`` infinitely wide members decode right."""
+        return float(exact_match_probability(self.margins[decoder], self.variance, members).mean())
+
+    def bit_accuracy(self, members: int, decoder: Decoder) -> float:
+        """Return the expected share of bits that ``members`` infinitely wide members decode right."""
+        return 1 - float(bit_error_probability(self.margins[decoder], self.variance, members).mean())
+
+    def rms_deviation(self, members: int) -> float:
+        """Return the expected root mean square deviation of the mean of ``members`` from the limit's."""
+        return float((self.variance.mean() / members).sqrt())
+
+    def band(self, members: Sequence[int], decoder: Decoder) -> ExactMatchBand:
+        """Return the 90% Monte Carlo band of the exact-match rate, one row per ensemble size in ``members``.
+
+        The seed is fixed, so repeated calls return the same band.
+        """
+        return exact_match_band(
+            self.predictor,
+            self.evaluation.matches,
+            self.evaluation.next_states,
+            decoder,
+            members,
+            generator=torch.Generator().manual_seed(0),
+            draws=100,
+            states_max=1024,
+        )

@@ -1,4 +1,4 @@
-"""Kernels of the infinitely wide two-layer ReLU network (DESIGN §2; paper, section 4).
+"""Kernels of the infinitely wide two-layer ReLU network (docs/theory.md, section 4).
 
 The network is f(x) = W2·relu(W1·x/√k)/√n with W1 ∈ R^{n×k}, W2 ∈ R^{m×n}, entries i.i.d. N(0, 1), no
 biases, both layers trained; k is the input's dimension. As n → ∞ its outputs at initialisation are
@@ -14,17 +14,17 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 NTK_DIAGONAL = 1.0
-"""d = κ1(1) + κ0(1): kΘ of a unit vector with itself."""
+"""Value d = κ1(1) + κ0(1) of kΘ for a unit vector with itself."""
 
 ORTHOGONAL = 1 / (2 * math.pi)
-"""c = κ1(0): kΘ, and kK, of two orthogonal unit vectors."""
+"""Value c = κ1(0) of kΘ, and of kK, for two orthogonal unit vectors."""
 
 NNGP_DIAGONAL = 0.5
-"""κ1(1): kK of a unit vector with itself."""
+"""Value κ1(1) of kK for a unit vector with itself."""
 
 
 def _kappas(cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-    """κ0 and κ1 at an angle given by both its cosine and its sine."""
+    """Return κ0 and κ1 at an angle given by both its cosine and its sine."""
     # π − arccos ρ. Unlike arccos, arctan2 keeps full accuracy wherever the sine is accurate, and a
     # cosine past ±1 by rounding gives no nan.
     opening = torch.atan2(sine, -cosine)
@@ -32,7 +32,7 @@ def _kappas(cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _profile(cosine: Tensor, sine: Tensor) -> Tensor:
-    """κ1 + ρκ0 at an angle given by both its cosine and its sine."""
+    """Return κ1 + ρκ0 at an angle given by both its cosine and its sine."""
     zeroth, first = _kappas(cosine, sine)
     return first + cosine * zeroth
 
@@ -45,43 +45,37 @@ def _with_sine(cosine: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kappa0(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """κ0(ρ) = (π − arccos ρ)/(2π): the chance that both of two unit Gaussians of correlation ρ are positive.
+    """Return κ0(ρ) = (π − arccos ρ)/(2π): the chance that two unit Gaussians of correlation ρ are both positive.
 
     Args:
-        cosine: ρ, in [−1, 1]; values outside (by rounding) count as the nearest end.
-
-    Returns:
-        κ0, in the dtype of ``cosine``. DESIGN §2.
+        cosine: Correlation ρ from −1 to 1; values outside (by rounding) count as the nearest end.
     """
     return _kappas(*_with_sine(cosine))[0]
 
 
 def kappa1(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """κ1(ρ) = (√(1−ρ²) + (π − arccos ρ)ρ)/(2π): E[relu(u)·relu(v)] of unit Gaussians of correlation ρ.
+    """Return κ1(ρ) = (√(1−ρ²) + (π − arccos ρ)ρ)/(2π): E[relu(u)·relu(v)] of unit Gaussians of correlation ρ.
 
     Args:
-        cosine: ρ, in [−1, 1]; values outside (by rounding) count as the nearest end.
-
-    Returns:
-        κ1, in the dtype of ``cosine``. DESIGN §2.
+        cosine: Correlation ρ from −1 to 1; values outside (by rounding) count as the nearest end.
     """
     return _kappas(*_with_sine(cosine))[1]
 
 
 def ntk_profile(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """κ1(ρ) + ρ·κ0(ρ): kΘ of two unit vectors at cosine ρ ("a" in DESIGN §2).
+    """Return κ1(ρ) + ρ·κ0(ρ), which is kΘ of two unit vectors at cosine ρ.
 
     Args:
-        cosine: ρ, in [−1, 1]; values outside (by rounding) count as the nearest end.
+        cosine: Cosine ρ from −1 to 1; values outside (by rounding) count as the nearest end.
 
     Returns:
-        The profile, in the dtype of ``cosine``; `NTK_DIAGONAL` at 1, `ORTHOGONAL` at 0.
+        The profile; `NTK_DIAGONAL` at 1, `ORTHOGONAL` at 0.
     """
     return _profile(*_with_sine(cosine))
 
 
 def _geometry(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """|x||y|/k, cosine and sine for every pair of rows."""
+    """Return |x||y|/k, cosine and sine for every pair of rows."""
     tiny = torch.finfo(x.dtype).tiny
     norms_x, norms_y = (torch.linalg.vector_norm(z, dim=1) for z in (x, y))
     # The floor lets a zero row stay zero; its kernels vanish by the scale below.
@@ -97,49 +91,86 @@ def _geometry(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nngp(x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]) -> Float[Tensor, "left right"]:
-    """The NNGP kernel K(x, y) = |x||y|κ1(ρ)/k between all pairs of rows.
+    """Return the NNGP kernel K(x, y) = |x||y|κ1(ρ)/k between all pairs of rows.
 
     Args:
-        x: inputs of any norm; a zero row has kernel 0 with everything.
-        y: inputs of the same dimension k, dtype and device.
+        x: Inputs of any norm; a zero row has kernel 0 with everything.
+        y: Inputs of the same dimension k, dtype and device.
 
     Returns:
-        The covariance of the untrained network's outputs, in the inputs' dtype. DESIGN §2. Costs
-        O(left·right·features) time, O(left·right) memory.
+        The covariance of the untrained network's outputs, in the inputs' dtype. Costs O(left·right·features) time,
+        O(left·right) memory.
     """
     scale, cosine, sine = _geometry(x, y)
     return scale * _kappas(cosine, sine)[1]
 
 
 def ntk(x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]) -> Float[Tensor, "left right"]:
-    """The neural tangent kernel Θ(x, y) = |x||y|(κ1(ρ) + ρκ0(ρ))/k between all pairs of rows.
+    """Return the neural tangent kernel Θ(x, y) = |x||y|(κ1(ρ) + ρκ0(ρ))/k between all pairs of rows.
 
     Args:
-        x: inputs of any norm; a zero row has kernel 0 with everything.
-        y: inputs of the same dimension k, dtype and device.
+        x: Inputs of any norm; a zero row has kernel 0 with everything.
+        y: Inputs of the same dimension k, dtype and device.
 
     Returns:
-        The inner products of the network's gradients in all weights, in the inputs' dtype.
-        DESIGN §2. Costs O(left·right·features) time, O(left·right) memory.
+        The inner products of the network's gradients in all weights, in the inputs' dtype. Costs
+        O(left·right·features) time, O(left·right) memory.
     """
     scale, cosine, sine = _geometry(x, y)
     return scale * _profile(cosine, sine)
 
 
 def ntk_cholesky(inputs: Float64[Tensor, "templates features"]) -> Float64[Tensor, "templates templates"]:
-    """The lower Cholesky factor of Θ(X, X).
+    """Factor Θ(X, X) by Cholesky's method.
 
     Args:
-        inputs: X, one training input a row.
+        inputs: X, one training input a row, shape (templates, features).
 
     Returns:
-        L with LLᵀ = Θ(X, X), float64.
+        The lower triangular L with LLᵀ = Θ(X, X), shape (templates, templates), float64.
 
     Raises:
         ValueError: Θ(X, X) is singular in double precision: a zero row, or a row parallel to an
             earlier one (Θ is homogeneous in the norm, so scaling does not tell inputs apart).
     """
-    kernel = ntk(inputs, inputs)
+    return _cholesky(inputs, ntk(inputs, inputs), "Θ")
+
+
+def nngp_cholesky(inputs: Float64[Tensor, "templates features"]) -> Float64[Tensor, "templates templates"]:
+    """Factor K(X, X) by Cholesky's method.
+
+    Args:
+        inputs: X, one training input a row, shape (templates, features).
+
+    Returns:
+        The lower triangular L with LLᵀ = K(X, X), shape (templates, templates), float64.
+
+    Raises:
+        ValueError: K(X, X) is singular in double precision: a zero row, or a row parallel to an
+            earlier one.
+    """
+    return _cholesky(inputs, nngp(inputs, inputs), "K")
+
+
+def parallel_rows(inputs: Float[Tensor, "rows features"], sine_max: float) -> tuple[int, int] | None:
+    """Find two rows that point in the same direction.
+
+    Args:
+        inputs: Rows of any norm, shape (rows, features); zero rows are parallel to none.
+        sine_max: The sine of the largest angle that still counts as none.
+
+    Returns:
+        The positions of the first such pair, the smaller one first; None if there is none.
+    """
+    _, cosine, sine = _geometry(inputs, inputs)
+    parallel = ((cosine > 0) & (sine < sine_max)).tril(-1).nonzero()
+    if not len(parallel):
+        return None
+    later, earlier = parallel[0].tolist()
+    return earlier, later
+
+
+def _cholesky(inputs: Tensor, kernel: Tensor, symbol: str) -> Tensor:
     factor: Tensor
     factor, failed_at = torch.linalg.cholesky_ex(kernel)
     # A squared pivot is what the earlier rows leave unexplained of this one; below this share of the
@@ -147,27 +178,26 @@ def ntk_cholesky(inputs: Float64[Tensor, "templates features"]) -> Float64[Tenso
     unexplained = factor.diagonal() ** 2 <= len(inputs) * torch.finfo(kernel.dtype).eps * kernel.diagonal()
     row = int(failed_at) - 1 if int(failed_at) else int(unexplained.nonzero()[0]) if unexplained.any() else -1
     if row >= 0:
-        raise ValueError(f"Θ(X, X) of {len(inputs)} inputs is singular: {_why_singular(inputs, row)}")
+        raise ValueError(f"{symbol}(X, X) of {len(inputs)} inputs is singular: {_why_singular(inputs, row)}")
     return factor
 
 
 def _why_singular(inputs: Tensor, row: int) -> str:
     if not inputs[row].any():
         return f"row {row} is zero"
-    _, cosine, sine = _geometry(inputs[row : row + 1], inputs[:row])
-    parallel = ((cosine > 0) & (sine < math.sqrt(torch.finfo(inputs.dtype).eps))).squeeze(0)
-    if parallel.any():
-        return f"rows {int(parallel.nonzero()[0])} and {row} are parallel; keep one of them"
+    pair = parallel_rows(inputs[: row + 1], math.sqrt(torch.finfo(inputs.dtype).eps))
+    if pair is not None:
+        return f"rows {pair[0]} and {pair[1]} are parallel; keep one of them"
     return f"row {row} is determined by earlier rows to double precision"
 
 
 class InverseKernel:
-    """Θ(X, X)⁻¹, applied on the right of residuals: R ↦ R·Θ(X, X)⁻¹ (DESIGN §4, the whitened loss).
+    """Θ(X, X)⁻¹, applied on the right of residuals: R ↦ R·Θ(X, X)⁻¹ (docs/theory.md, section 8).
 
-    Build it with `identity` or `of`.
+    Build it with `for_one_hot` or `from_inputs`.
 
     Attributes:
-        eigenvalue_bounds: the smallest and the largest eigenvalue of Θ(X, X).
+        eigenvalue_bounds: Smallest and largest eigenvalue of Θ(X, X).
     """
 
     def __init__(self, templates: int, inverse: Tensor | None, eigenvalue_bounds: tuple[float, float]) -> None:
@@ -176,14 +206,14 @@ class InverseKernel:
         self.eigenvalue_bounds = eigenvalue_bounds
 
     @classmethod
-    def identity(cls, templates: int) -> InverseKernel:
-        """For X = I_k, in closed form: nothing is factored or stored.
+    def for_one_hot(cls, templates: int) -> InverseKernel:
+        """Make the inverse for X = I_k, in closed form: nothing is factored or stored.
 
         Args:
-            templates: k, at least 1.
+            templates: Number of training inputs k, at least 1.
 
         Raises:
-            ValueError: no templates.
+            ValueError: There is no template.
         """
         if templates < 1:
             raise ValueError(f"got {templates} templates; the kernel needs at least 1")
@@ -193,11 +223,11 @@ class InverseKernel:
         return cls(templates, None, (largest if templates == 1 else smallest, largest))
 
     @classmethod
-    def of(cls, inputs: Float64[Tensor, "templates features"]) -> InverseKernel:
-        """For any X, by a float64 Cholesky factorisation: O(k³) time, once, and k² numbers kept.
+    def from_inputs(cls, inputs: Float64[Tensor, "templates features"]) -> InverseKernel:
+        """Make the inverse for any X by a float64 Cholesky factorisation: O(k³) time, once, and k² numbers kept.
 
         Args:
-            inputs: X, one training input a row.
+            inputs: Training inputs X, one a row.
 
         Raises:
             ValueError: Θ(X, X) is singular (a zero row, parallel rows).
@@ -207,15 +237,15 @@ class InverseKernel:
         return cls(len(inputs), torch.cholesky_inverse(factor), (float(eigenvalues[0]), float(eigenvalues[-1])))
 
     def __call__(self, residual: Float[Tensor, "*batch templates"]) -> Float[Tensor, "*batch templates"]:
-        """R·Θ(X, X)⁻¹, in the dtype and on the device of ``residual``.
+        """Return R·Θ(X, X)⁻¹, in the dtype and on the device of ``residual``.
 
-        For the identity, by Sherman–Morrison: k/(d−c)·(R − c/(d − c + c·k)·(R·1)1ᵀ).
+        For one-hot inputs, by Sherman–Morrison: k/(d−c)·(R − c/(d − c + c·k)·(R·1)1ᵀ).
 
         Args:
-            residual: R, the last axis over training inputs; any leading axes (members, bits).
+            residual: Residuals R, the last axis over training inputs; any leading axes (members, bits).
 
         Raises:
-            ValueError: the last axis does not have length k.
+            ValueError: The last axis does not have length k.
         """
         if residual.shape[-1] != self._templates:
             raise ValueError(f"got residuals on {residual.shape[-1]} training inputs; Θ(X, X) has {self._templates}")

@@ -1,4 +1,4 @@
-"""Mean and variance of the trained infinitely wide ensemble (DESIGN §2; paper, section 4).
+"""Mean and variance of the trained infinitely wide ensemble (docs/theory.md, sections 5 and 6).
 
 Trained to convergence on (X, Y), the network's outputs at inputs x are Gaussian over initialisations,
 independent from bit to bit. With v(x) = Θ(X, X)⁻¹Θ(X, x),
@@ -12,38 +12,44 @@ independent from bit to bit. With v(x) = Θ(X, X)⁻¹Θ(X, x),
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from ntk_ensembles.tasks.templates import TemplateSet
+from ntk_ensembles.errors import check_choice
+from ntk_ensembles.templates import TemplateSet
 from ntk_ensembles.theory.kernels import (
     NNGP_DIAGONAL,
     NTK_DIAGONAL,
     ORTHOGONAL,
     kappa1,
     nngp,
+    nngp_cholesky,
     ntk,
     ntk_cholesky,
     ntk_profile,
+    parallel_rows,
 )
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """One member's outputs, over initialisations; the mean of N members has 1/N of the variance."""
+    """Mean and variance of one member's outputs over random initialisations.
+
+    The average of N members has the same mean and 1/N of the variance.
+    """
 
     mean: Float64[Tensor, "states bits"]
-    """The ensemble's limit for ever more members."""
+    """Output of an ensemble of infinitely many members."""
 
     variance: Float64[Tensor, " states"]
-    """The same for every bit of a state; bits are independent."""
+    """Variance of every bit of a state; bits are independent."""
 
 
 class Posterior(NamedTuple):
-    """Outputs at several inputs jointly: bits are independent, each with the same covariance."""
+    """Mean and covariance of one member's outputs at several inputs: bits are independent, with the same covariance."""
 
     mean: Float64[Tensor, "inputs bits"]
     covariance: Float64[Tensor, "inputs inputs"]
@@ -52,50 +58,50 @@ class Posterior(NamedTuple):
 class TemplatePredictor:
     """The infinitely wide ensemble trained on a task's templates, as look-ups by s, C_j and F_j.
 
-    A prediction depends on the input only through s (how many templates match) and, for each bit j, on
-    C_j (matched templates that set it) beside F_j (all that set it). The tables over s = 0 … k are made
-    once, in float64, in O(k) time.
+    A prediction depends on the input only through s (the number of templates that match) and, for each bit j, on C_j
+    (the number of these that set it) and F_j (the number of all that set it). The tables over s = 0 … k are made once,
+    in float64, in O(k) time.
 
     Args:
-        templates: the task's templates: X = I_k, Y = their labels.
-        padding: so many templates more, that set nothing and never match (the paper's way to make the
-            sign rule right); they count in k.
-        centred: members start at exactly 0 (antisymmetric initialisation, DESIGN §4). Their initial outputs are
-            all that varies from member to member at infinite width, so every variance is 0; the mean is the same.
+        templates: Templates of the task: X = I_k, Y = their labels.
+        padding: Number of padding templates: they set no bit and match no state, but count towards k. The paper adds
+            them to make the sign decoder exact.
+        antisymmetric: Members start at exactly 0 (antisymmetric initialisation). Their initial outputs are all that
+            varies from member to member at infinite width, so every variance is 0; the mean is the same.
 
     Attributes:
-        templates: the task's templates, without the padding.
-        size: k, the training set's size, with the padding.
-        fan_in: F_j, how many templates set bit j.
+        templates: Templates of the task, without the padding.
+        size: Size k of the training set, with the padding.
+        fan_in: F_j, the number of templates that set bit j.
 
     Raises:
-        ValueError: a negative padding.
+        ValueError: The padding is negative.
     """
 
-    def __init__(self, templates: TemplateSet, padding: int = 0, *, centred: bool = False) -> None:
+    def __init__(self, templates: TemplateSet, padding: int = 0, *, antisymmetric: bool = False) -> None:
         if padding < 0:
             raise ValueError(f"padding {padding}: expected at least 0")
         self.templates = templates
-        self._centred = centred
+        self._antisymmetric = antisymmetric
         self.size = len(templates) + padding
         self.fan_in = templates.fan_in
-        matched = torch.arange(self.size + 1, dtype=torch.float64)
-        cosine = matched.clamp_min(1).rsqrt()
+        num_matches = torch.arange(self.size + 1, dtype=torch.float64)
+        cosine = num_matches.clamp_min(1).rsqrt()
         gap = NTK_DIAGONAL - ORTHOGONAL
         excess = ntk_profile(cosine) - ORTHOGONAL
-        # DESIGN's 1 − T/(d − c + ck) over one denominator: no cancellation for large k, and exactly 0 at s = 1.
-        unmatched_weight = ORTHOGONAL * (gap - matched * excess) / (gap + ORTHOGONAL * self.size) / gap
+        # 1 − T/(d − c + ck) over one denominator: no cancellation for large k, and exactly 0 at s = 1.
+        unmatched_weight = ORTHOGONAL * (gap - num_matches * excess) / (gap + ORTHOGONAL * self.size) / gap
         # Nothing matches the zero input, and a network without biases is 0 there.
-        some = matched > 0
+        some = num_matches > 0
         self._unmatched_weight = unmatched_weight * some
         self._contrast = excess / gap * some
         self._kappa1_excess = (kappa1(cosine) - ORTHOGONAL) * some
         counts = torch.arange(self.size + 1)
         # A variance is not negative; the sum's last rounding can be.
-        self._variance = self._covariance(counts, counts, matched).clamp_min(0)
+        self._variance = self._covariance(counts, counts, num_matches).clamp_min(0)
 
     def _covariance(self, left: Tensor, right: Tensor, overlap: Tensor) -> Tensor:
-        """cov(x, x') from s = ``left``, s' = ``right`` and |A ∩ B|, elementwise with broadcasting.
+        """Return cov(x, x') from s = ``left``, s' = ``right`` and |A ∩ B|, elementwise with broadcasting.
 
         v(x) is w_m − w_u ("contrast") on the matched templates plus w_u everywhere, and kK(X, x') is
         κ1(ρ') − c on the matched ones plus c everywhere, so every product of the two is a count.
@@ -111,71 +117,66 @@ class TemplatePredictor:
         cross_back = contrast_right * excess * overlap + left * excess * base_right + ORTHOGONAL * total_right
         spread = (NNGP_DIAGONAL - ORTHOGONAL) * weights + ORTHOGONAL * total * total_right
         covariance = (prior + spread - (cross + cross_back)) / self.size
-        if self._centred:
+        if self._antisymmetric:
             return torch.zeros_like(covariance)
         # A single matched template is a training point, which every member interpolates; and a network
         # without biases is constantly 0 at the zero input.
         return covariance.where((left > 1) & (right > 1), 0.0)
 
-    def weights(self, matched: Int[Tensor, " states"]) -> tuple[Float64[Tensor, " states"], Float64[Tensor, " states"]]:
-        """w_m and w_u: what each matched and each unmatched template that sets a bit adds to its mean.
+    def weights(
+        self, num_matches: Int[Tensor, " states"]
+    ) -> tuple[Float64[Tensor, " states"], Float64[Tensor, " states"]]:
+        """Return w_m and w_u: what each matching and each other template that sets a bit adds to its mean.
 
         Args:
-            matched: s, how many templates match each state, 0 … k.
+            num_matches: Number of templates s that match each state, 0 to k.
 
         Returns:
-            w_m and w_u (DESIGN §2); both 0 where s = 0.
+            w_m and w_u; both 0 where s = 0.
         """
-        unmatched_weight = self._unmatched_weight[matched]
-        return unmatched_weight + self._contrast[matched], unmatched_weight
+        unmatched_weight = self._unmatched_weight[num_matches]
+        return unmatched_weight + self._contrast[num_matches], unmatched_weight
 
-    def variance(self, matched: Int[Tensor, " states"]) -> Float64[Tensor, " states"]:
-        """The variance of one member's output, the same for every bit (DESIGN §2).
+    def variance(self, num_matches: Int[Tensor, " states"]) -> Float64[Tensor, " states"]:
+        """Return the variance of one member's output, the same for every bit; exactly 0 where s is 0 or 1.
 
         Args:
-            matched: s, how many templates match each state, 0 … k.
-
-        Returns:
-            The variance; exactly 0 where s is 0 or 1.
+            num_matches: Number of templates s that match each state, 0 to k.
         """
-        return self._variance[matched]
+        return self._variance[num_matches]
 
     def mean(
         self,
-        matched: Int[Tensor, " states"],
-        counts: Int[Tensor, "states bits"],
+        num_matches: Int[Tensor, " states"],
+        set_counts: Int[Tensor, "states bits"],
         fan_in: Int[Tensor, " bits"],
     ) -> Float64[Tensor, "states bits"]:
-        """w_m·C_j + w_u·(F_j − C_j) (DESIGN §2).
+        """Return w_m·C_j + w_u·(F_j − C_j), the mean output of infinitely many, infinitely wide members.
 
         Args:
-            matched: s, how many templates match each state, 0 … k.
-            counts: C_j, how many of the matched templates set bit j.
-            fan_in: F_j, how many of all templates set bit j.
-
-        Returns:
-            The ensemble's mean output in the limit of infinitely many, infinitely wide members.
+            num_matches: Number of templates s that match each state, 0 to k.
+            set_counts: Number C_j of matching templates that set bit j.
+            fan_in: Number F_j of all templates that set bit j.
         """
-        matched_weight, unmatched_weight = self.weights(matched)
-        return matched_weight[:, None] * counts + unmatched_weight[:, None] * (fan_in - counts)
+        matched_weight, unmatched_weight = self.weights(num_matches)
+        return matched_weight[:, None] * set_counts + unmatched_weight[:, None] * (fan_in - set_counts)
 
     def predict(self, matches: Bool[Tensor, "states templates"]) -> Gaussian:
-        """Mean and variance for states given by the templates that match them.
+        """Return mean and variance of one member's outputs, float64, for states given by the templates that match them.
 
         Args:
-            matches: as from `TemplateSet.matches`; any subsets of templates are accepted.
-
-        Returns:
-            One member's outputs; float64.
+            matches: Matching templates, as from `TemplateSet.matches`; any subsets are accepted.
         """
-        matched = matches.sum(1)
-        return Gaussian(self.mean(matched, self.templates.counts(matches), self.fan_in), self.variance(matched))
+        num_matches = matches.sum(1)
+        return Gaussian(
+            self.mean(num_matches, self.templates.set_counts(matches), self.fan_in), self.variance(num_matches)
+        )
 
     def covariance(self, matches: Bool[Tensor, "states templates"]) -> Float64[Tensor, "states states"]:
-        """The covariance of one member's outputs between states, the same for every bit.
+        """Return the covariance of one member's outputs between states, the same for every bit.
 
         Args:
-            matches: as from `TemplateSet.matches`; any subsets of templates are accepted.
+            matches: Matching templates, as from `TemplateSet.matches`; any subsets are accepted.
 
         Returns:
             cov(x, x') of the module's docstring, symmetric to the bit, with `variance` on its diagonal and
@@ -183,34 +184,85 @@ class TemplatePredictor:
             states × states float64 matrices while it runs.
         """
         hot = matches.to(torch.float64)
-        matched = matches.sum(1)
-        covariance = self._covariance(matched[:, None], matched[None, :], hot @ hot.T)
-        covariance.diagonal().copy_(self.variance(matched))
+        num_matches = matches.sum(1)
+        covariance = self._covariance(num_matches[:, None], num_matches[None, :], hot @ hot.T)
+        covariance.diagonal().copy_(self.variance(num_matches))
         # Exchanging the inputs changes the order of rounding.
         return (covariance + covariance.T) / 2
 
 
-def posterior(
-    inputs: Float64[Tensor, "templates features"],
-    labels: Float64[Tensor, "templates bits"],
-    test_inputs: Float64[Tensor, "inputs features"],
-) -> Posterior:
-    """Mean and covariance after training on any inputs, by Cholesky factorisation.
+Kernel = Literal["ntk", "nngp"]
+"""What training moves. ``ntk``: all weights (kernel Θ). ``nngp``: the readout alone (kernel K), which is
+also the Bayesian posterior of the untrained network as a Gaussian process."""
 
-    The oracle for `TemplatePredictor`, and the general case beside it (DESIGN §2, last sentence).
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+"""All kernels, the default first."""
+
+_FLOAT32_SINE = 5e-7
+"""Two float32 rows at an angle with a smaller sine may have been parallel before they were rounded."""
+
+
+def posterior(
+    inputs: Float[Tensor, "templates features"],
+    labels: Float[Tensor, "templates bits"],
+    test_inputs: Float[Tensor, "inputs features"],
+    kernel: Kernel = "ntk",
+) -> Posterior:
+    """Predict mean and covariance after training on any inputs, by Cholesky factorisation.
+
+    ``"ntk"`` is the infinitely wide network of which all weights were trained to convergence
+    (docs/theory.md, equations (16) and (20)). ``"nngp"`` is Bayesian inference with the untrained
+    network as the prior and noise-free labels (docs/theory.md, equation (21)):
+
+        mean(x) = K(x, X)K(X, X)⁻¹Y,    cov(x, x') = K(x, x') − K(x, X)K(X, X)⁻¹K(X, x').
+
+    For a Gaussian readout at the start that is, mean and covariance alike, also the distribution of
+    networks of which only the readout was trained: with K in place of Θ equation (20) becomes (21).
+    From antisymmetric initialisation either kernel has the same mean, and at infinite width covariance 0.
+
+    Everything is computed in float64. float32 arguments are converted; that does not bring back what
+    rounding to float32 took from them.
 
     Args:
-        inputs: X, one training input a row; no zero and no parallel rows.
-        labels: Y, the target of each.
-        test_inputs: where to predict; zero rows are predicted 0 with variance 0.
+        inputs: X, one training input a row, shape (templates, features); no zero and no parallel rows.
+        labels: Y, the target of each, shape (templates, bits).
+        test_inputs: Where to predict, shape (inputs, features); zero rows are predicted 0 with variance 0.
+        kernel: One of `KERNELS`; ``"ntk"`` by default.
 
     Returns:
-        The module docstring's mean and covariance. Costs O(k³) time for k training inputs.
+        The mean, shape (inputs, bits), and the covariance between inputs, shape (inputs, inputs), the
+        same for every bit; both float64. Costs O(k³) time for k training inputs.
 
     Raises:
-        ValueError: Θ(X, X) is singular (a zero row, parallel rows).
+        OptionError: The kernel is none of `KERNELS`.
+        ValueError: Shapes do not fit together, or the kernel's matrix is singular (a zero row, parallel
+            rows; of float32 rows also those that are parallel up to rounding).
     """
-    solution = torch.cholesky_solve(ntk(inputs, test_inputs), ntk_cholesky(inputs))
-    cross = solution.T @ nngp(inputs, test_inputs)
-    covariance = nngp(test_inputs, test_inputs) + solution.T @ nngp(inputs, inputs) @ solution - cross - cross.T
-    return Posterior(solution.T @ labels, covariance)
+    check_choice("kernel", kernel, KERNELS)
+    _check_shapes(inputs, labels, test_inputs)
+    if inputs.dtype != torch.float64 and (pair := parallel_rows(inputs.to(torch.float64), _FLOAT32_SINE)):
+        raise ValueError(f"rows {pair[0]} and {pair[1]} of the inputs are parallel up to rounding; keep one of them")
+    x, y, new = (value.to(torch.float64) for value in (inputs, labels, test_inputs))
+    if kernel == "nngp":
+        solution = torch.cholesky_solve(nngp(x, new), nngp_cholesky(x))
+        covariance = nngp(new, new) - solution.T @ nngp(x, new)
+    else:
+        solution = torch.cholesky_solve(ntk(x, new), ntk_cholesky(x))
+        cross = solution.T @ nngp(x, new)
+        covariance = nngp(new, new) + solution.T @ nngp(x, x) @ solution - cross - cross.T
+    # Symmetric but for rounding; now to the bit.
+    return Posterior(solution.T @ y, (covariance + covariance.T) / 2)
+
+
+def _check_shapes(inputs: Tensor, labels: Tensor, test_inputs: Tensor) -> None:
+    for name, value in (("inputs", inputs), ("labels", labels), ("test_inputs", test_inputs)):
+        if value.ndim != 2:
+            raise ValueError(f"{name} of shape {tuple(value.shape)}: expected two axes, one example a row")
+    if not len(inputs):
+        raise ValueError("inputs without rows: expected at least one training input")
+    if len(labels) != len(inputs):
+        raise ValueError(f"{len(labels)} rows of labels for {len(inputs)} rows of inputs: expected one for each")
+    if test_inputs.shape[1] != inputs.shape[1]:
+        raise ValueError(
+            f"test_inputs of {test_inputs.shape[1]} features for inputs of {inputs.shape[1]}: expected as many"
+        )

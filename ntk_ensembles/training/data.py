@@ -85,7 +85,7 @@ class TaskData(LightningDataModule):
     def __init__(self, task: Task[Any, Any], *, evaluation_states: int = 1000, evaluation_seed: int = 0) -> None:
         super().__init__()
         self.task = task
-        self.limit = LimitPrediction(task.templates, EvaluationSet.sample(task, evaluation_states, evaluation_seed))
+        self.limit = LimitPrediction(task, EvaluationSet.sample(task, evaluation_states, evaluation_seed))
 
     @property
     def in_features(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import distributed
 
 _START_TIMEOUT = timedelta(minutes=5)

@@ -34,7 +34,7 @@ class EvaluationMetrics(MetricCollection):
         metrics["predicted_rms_deviation"] = MeanSquaredError(squared=False)
         super().__init__(metrics, prefix=prefix, compute_groups=False)
 
-    def update(
+    def update(  # type: ignore[override]  # torchmetrics' own signature, which mypy takes from ModuleDict
         self, mean: Float[Tensor, "states bits"], batch: EvaluationBatch, members: int, *, antisymmetric: bool
     ) -> None:
         """Count one batch of states.

@@ -165,10 +165,8 @@ class EnsembleModule(LightningModule):
     def _training_loss(self, x: Tensor, y: Tensor) -> Tensor:
         residuals = self(x) - y
         self._log_losses(residuals.detach().double().square().mean((1, 2)), None)
-        if self._loss == "mse":
-            return residuals.square().sum() / 2
-        residuals = residuals.mT
-        loss: Tensor = (residuals * inverse_kernel_of(x)(residuals)).sum() / 2
+        whitened = residuals if self._loss == "mse" else inverse_kernel_of(x)(residuals.mT).mT
+        loss: Tensor = (residuals * whitened).sum() / 2
         return loss
 
     def _log_losses(self, losses: Tensor, relative: Tensor | None) -> None:
@@ -177,7 +175,7 @@ class EnsembleModule(LightningModule):
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         if relative is not None:
             running = float(sum(status.running for status in self.statuses))
-            progress = {"train/relative_loss_max": relative.max(), "train/running": running}
+            progress: dict[str, Tensor | float] = {"train/relative_loss_max": relative.max(), "train/running": running}
             self.log_dict(progress, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
 
     def on_train_end(self) -> None:

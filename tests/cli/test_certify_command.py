@@ -9,7 +9,7 @@ import pytest
 
 from ntk_ensembles.cli.main import main
 from ntk_ensembles.cli.train import train_command
-from ntk_ensembles.tasks import find_task
+from ntk_ensembles.tasks import load_task_class
 
 ROOT = Path(__file__).parents[2]
 RULE110 = f"{ROOT}/examples/rule110.py:Rule110"
@@ -52,7 +52,7 @@ def test_the_sign_rule_that_cannot_be_exact_names_bit_group_and_padding(capsys: 
 
 
 def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["certify", "--task", "sbn", "--cells", "4", "--word", "3", *SMALL]) == 0
+    assert main(["certify", "--task", "sbn", "--cells", "4", "--word-bits", "3", *SMALL]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     for words in ("proven", "seen on 50 sampled states", "union bound", "does not cover what a finite width adds"):
         assert words in printed
@@ -76,7 +76,7 @@ def test_a_users_own_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 
 def test_rule_110_is_rule_110() -> None:
     """Against the rule's number: bit 4·left + 2·cell + right of 110 is the next cell."""
-    task = find_task(RULE110)(cells=7, generations=3)
+    task = load_task_class(RULE110)(cells=7, generations=3)
     for start in range(1 << 7):
         ring = [start >> cell & 1 for cell in range(7)]
         for _ in range(3):
@@ -89,8 +89,8 @@ def test_rule_110_is_rule_110() -> None:
     [
         ("subtraction", "expected one of permutation, addition, multiplication, sbn"),
         ("nowhere.py:Task", "there is no file nowhere.py"),
-        (f"{ROOT}/examples/rule110.py:Rule30", "no class Rule30"),
-        (f"{ROOT}/train.py:sys", "no class sys"),
+        (f"{ROOT}/examples/rule110.py:Rule30", "expected a class Rule30"),
+        (f"{ROOT}/train.py:sys", "expected a class sys"),
     ],
 )
 def test_a_task_that_is_not_there(word: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

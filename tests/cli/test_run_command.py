@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ntk_ensembles.cli.main import main
 from ntk_ensembles.cli.run import run_command
-from ntk_ensembles.sbn import Branch, Machine, MachineState, library
+from ntk_ensembles.computer import library_programs
+from ntk_ensembles.tasks import Branch, Machine, MachineState
 
 KEYS = ["memory", "pc", "halted", "instructions", "micro_steps", "agreed", "smallest_margin", "seconds"]
 PROGRAM = """
@@ -61,7 +62,7 @@ def test_one_object_for_one_program(program: str, capsys: pytest.CaptureFixture[
 
 def test_the_machine_can_be_chosen(program: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(run_json(capsys, program, "--cells", "32")["memory"]) == 32  # type: ignore[arg-type]
-    wide = run_json(capsys, program, "--word", "12", "--set", "x=2000")
+    wide = run_json(capsys, program, "--word-bits", "12", "--set", "x=2000")
     assert wide["memory"][7] == -2000  # type: ignore[index]
     assert wide["micro_steps"] == 2 * 15
 
@@ -161,7 +162,7 @@ def test_a_batch(
     ]
     del cases[3]["pc"], cases[4]["max_instructions"]
     text = "\n\n".join(json.dumps(case) for case in cases)
-    arguments = ["--backend", backend, "--branch", branch, "--word", "6", "--max-instructions", "3"]
+    arguments = ["--backend", backend, "--branch", branch, "--word-bits", "6", "--max-instructions", "3"]
     path = tmp_path / "cases.jsonl"
     path.write_text(text)
     statuses = [run_command([*arguments, "--batch", str(path)])]
@@ -277,9 +278,9 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "branch": (["gcd", "--branch", "zero"], "branch"),
         "cells": (["gcd", "--cells", "12"], "--cells 12: expected a power of two"),
         "no cells": (["gcd", "--cells", "0"], "--cells 0: expected an integer from 4 to 256"),
-        "no word": (["gcd", "--word", "0"], "--word 0: expected an integer from 2 to 16"),
-        "word": (["gcd", "--word", "1"], "--word 1: expected an integer from 2 to 16"),
-        "short word": (["gcd", "--cells", "32", "--word", "4"], "--word 4: a word must hold an address"),
+        "no word": (["gcd", "--word-bits", "0"], "--word 0: expected an integer from 2 to 16"),
+        "word": (["gcd", "--word-bits", "1"], "--word 1: expected an integer from 2 to 16"),
+        "short word": (["gcd", "--cells", "32", "--word-bits", "4"], "--word 4: a word must hold an address"),
         "instructions": (["gcd", "--max-instructions", "0"], "--max-instructions 0: expected an integer from 1"),
         "backend": (["gcd", "--backend", "gpu"], "--backend gpu: expected interpreter, ntk, or the directory of a run"),
         "no run": (["gcd", "--backend", str(tmp_path)], "--backend"),
@@ -327,7 +328,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         run_command(["--help"])
     assert stop.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for name in {program.name for program in library()}:
+    for name in {program.name for program in library_programs()}:
         assert name in printed
     for words in (
         "--backend",

@@ -22,7 +22,7 @@ TASKS = {
     "permutation": ["--bits", "6"],
     "addition": ["--bits", "3"],
     "multiplication": ["--bits", "2"],
-    "sbn": ["--cells", "4", "--word", "3"],
+    "sbn": ["--cells", "4", "--word-bits", "3"],
 }
 
 
@@ -102,7 +102,7 @@ BAD = {
     "bits": (["--task", "addition", "--bits", "0"], "--bits 0: expected an integer from 1 to"),
     "not a number": (["--task", "addition", "--bits", "many"], "bits"),
     "cells": (["--task", "sbn", "--cells", "12"], "--cells 12: expected a power of two"),
-    "word": (["--task", "sbn", "--word", "99"], "--word 99: expected an integer from 2 to 16"),
+    "word": (["--task", "sbn", "--word-bits", "99"], "--word 99: expected an integer from 2 to 16"),
     "odd width": (["--task", "addition", "--width", "9", "--init", "antisymmetric"], "--width 9: expected an even"),
     "width": (["--task", "addition", "--width", "0"], "--width 0: expected an integer from 1 to"),
     "ensemble": (["--task", "addition", "--ensemble", "0"], "--ensemble 0: expected an integer from 1 to"),
@@ -198,7 +198,7 @@ def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_config_runs_at_small_size(path: Path, tmp_path: Path) -> None:
     small = ["--width", "512", "--ensemble", "2", "--evaluation-states", "20", "--tolerance", "0.01"]
     assert yaml.safe_load(path.read_text())["task"] in TASKS
-    sizes = ["--cells", "4", "--word", "4"] if "cells" in path.read_text() else ["--bits", "4"]
+    sizes = ["--cells", "4", "--word-bits", "4"] if "cells" in path.read_text() else ["--bits", "4"]
     if "ones" in path.read_text():
         sizes += ["--ones", "2"]
     run(tmp_path / "run", "--config", str(path), *sizes, *small)

@@ -10,8 +10,8 @@ import pytest
 
 from ntk_ensembles.cli import validate
 from ntk_ensembles.cli.main import main
-from ntk_ensembles.tasks import SBN, Addition, Template
-from ntk_ensembles.validation import Inputs, exhaustive
+from ntk_ensembles.tasks import SBN, TASKS, Addition, Template
+from ntk_ensembles.theory import validation
 
 
 def validated(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict[str, Any]:
@@ -23,7 +23,9 @@ def validated(capsys: pytest.CaptureFixture[str], *arguments: str, status: int =
 @pytest.mark.parametrize("task", ["permutation", "addition", "multiplication"])
 def test_every_length(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = validated(capsys, "--task", task, "--max-bits", "5")
-    assert found["task"] == {"task": task, "max_bits": 5}
+    assert found["task"]["task"] == task
+    assert found["task"]["max_bits"] == 5
+    assert "bits" not in found["task"]
     assert found["failures"] == 0
     assert [row["bits"] for row in found["rows"]] == [1, 2, 3, 4, 5]
     operands = 1 if task == "permutation" else 2
@@ -48,7 +50,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         "3 64 691 549 17,019 midpoint 0",
         "sign + 49",
         "Nothing fails",
-        "a coin",
+        "at random",
         "distinct states times bits",
     ):
         assert words in printed
@@ -56,7 +58,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_estimates_are_marked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Only what is estimated, where there is no room to count all states."""
-    monkeypatch.setattr(exhaustive, "CAPACITY", 512)
+    monkeypatch.setattr(validation, "CAPACITY", 512)
     assert main(["validate", "--task", "multiplication", "--max-bits", "4", "--decode", "midpoint"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "2 16 116 94 2,068 midpoint 0" in printed
@@ -70,20 +72,20 @@ def test_one_decoder(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_computer(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--task", "sbn", "--cells", "4", "--word", "4", "--branch", "nonpositive", "--instructions", "100"]
+    flags = ["--task", "sbn", "--cells", "4", "--word-bits", "4", "--branch", "nonpositive", "--instructions", "100"]
     found = validated(capsys, *flags, "--seed", "3")
     (row,) = found["rows"]
     assert row["instructions"] >= 100
     assert found["task"] == {
         "task": "sbn",
         "cells": 4,
-        "word": 4,
+        "word_bits": 4,
         "branch": "nonpositive",
         "instructions": 100,
         "seed": 3,
     }
     assert found["failures"] == 0
-    assert SBN(4, 4, "nonpositive").step_micro_steps * row["instructions"] <= row["micro_steps"]
+    assert SBN(4, 4, "nonpositive").micro_steps_per_instruction * row["instructions"] <= row["micro_steps"]
     assert main(["validate", *flags]) == 0
     assert "of them halted" in " ".join(capsys.readouterr().out.split())
 
@@ -91,45 +93,38 @@ def test_the_computer(capsys: pytest.CaptureFixture[str]) -> None:
 class LosesCarries(Addition):
     """The carry out of the lowest bit goes nowhere."""
 
-    def rules(self) -> Iterator[Template]:
-        return (rule for rule in super().rules() if rule.ones != {self.layout["carry"][0]} or self.bits == 1)
-
-
-class WrongValidation(validate.AdditionValidation):
-    def inputs(self, bits: int) -> Inputs:
-        return Inputs.of_addition(LosesCarries(bits))
+    def make_templates(self) -> Iterator[Template]:
+        return (rule for rule in super().make_templates() if rule.ones != {self.layout["carry"][0]} or self.bits == 1)
 
 
 def test_failures_are_told_and_exit_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(validate.VALIDATIONS, "addition", WrongValidation)
+    monkeypatch.setitem(TASKS, "addition", LosesCarries)
     arguments = ["--task", "addition", "--max-bits", "2", "--decode", "midpoint"]
     found = validated(capsys, *arguments, status=1)
     # Both summands odd: four of sixteen.
     assert found["failures"] == 4
     assert main(["validate", *arguments]) == 1
     printed = " ".join(capsys.readouterr().out.split())
-    assert "2 bits, midpoint: 4 inputs fail; the first: input (1, 1), the output is 0, should be 2." in printed
+    assert (
+        "2 bits, midpoint: 4 inputs fail; the first: input (1, 1), the output is 0, should be 2; bit p[1] is wrongly 0"
+        in printed
+    )
     assert "Nothing fails" not in printed
 
 
 class Crowded(Addition):
     """A hundred templates more set the lowest bit in a state that is never reached, and pull its mean down."""
 
-    def rules(self) -> Iterator[Template]:
-        yield from super().rules()
+    def make_templates(self) -> Iterator[Template]:
+        yield from super().make_templates()
         for _ in range(100):
             yield Template.rule("never", ones=range(self.layout.bits), sets=[self.layout["p"][0]])
-
-
-class CrowdedValidation(validate.AdditionValidation):
-    def inputs(self, bits: int) -> Inputs:
-        return Inputs.of_addition(Crowded(bits))
 
 
 def test_the_sign_rule_with_its_padding_and_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(validate.VALIDATIONS, "addition", CrowdedValidation)
+    monkeypatch.setitem(TASKS, "addition", Crowded)
     arguments = ["--task", "addition", "--max-bits", "4"]
     padded = validated(capsys, *arguments)["rows"][3]["tallies"]["sign"]
     assert padded["padding"] > 40
@@ -153,9 +148,13 @@ def test_the_sign_rule_with_its_padding_and_without(
         (["--task", "addition", "--max-bits", "ten"], "--max-bits ten: expected an integer"),
         (["--task", "addition", "--decode", "coin"], "--decode coin: expected one of midpoint, sign, both"),
         (["--task", "addition", "--cells", "4"], "unrecognized arguments: --cells 4"),
-        (["--task", "sbn", "--max-bits", "4"], "--max-bits"),
+        (["--task", "sbn", "--max-bits", "4"], "--max-bits 4: expected a task other than sbn"),
+        (["--task", "sbn", "--inputs", "4"], "--inputs 4: expected a task other than sbn"),
         (["--task", "sbn", "--cells", "12"], "--cells 12: expected a power of two"),
-        (["--task", "sbn", "--cells", "64", "--word", "5"], "--word 5: a word must hold an address"),
+        (
+            ["--task", "sbn", "--cells", "64", "--word-bits", "5"],
+            "--word-bits 5: expected at least 6: a word must hold an address",
+        ),
         (["--task", "sbn", "--instructions", "0"], "--instructions 0: expected an integer from 1 to"),
         (["--task", "sbn", "--seed", "-1"], "--seed -1: expected an integer from 0"),
     ],
@@ -171,7 +170,7 @@ def test_bad_input_is_one_line_and_status_2(
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         (["--help"], ["every input", "--decode", "Exit status 0"]),
-        (["--task", "multiplication", "--help"], ["--max-bits", "All pairs of factors"]),
+        (["--task", "multiplication", "--help"], ["--max-bits", "Length L of each factor"]),
         (["--task", "sbn", "--help"], ["--instructions", "random memories", "--branch"]),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -9,7 +9,7 @@ from ntk_ensembles.theory import LimitPrediction
 
 CPU = torch.device("cpu")
 TASK = Addition(3)
-LIMIT = LimitPrediction(TASK.templates, EvaluationSet.sample(TASK, 200, 0))
+LIMIT = LimitPrediction(TASK, EvaluationSet.sample(TASK, 200, 0))
 
 
 def recipe(width: int = 1100, **changes: object) -> Recipe:

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from ntk_ensembles.tasks import Addition
-from ntk_ensembles.tasks.evaluation import trajectories
+from ntk_ensembles.tasks.evaluation import template_trajectories
 
 
 def check_sums(task: Addition, pairs: list[tuple[int, int]]) -> int:
     """Checks every sum and that it stays; returns the most micro-steps until the fixed point."""
-    starts = torch.stack([task.layout.pack(task.fields(pair)) for pair in pairs])
-    visited, finals = trajectories(task.templates, starts, [task.micro_steps(pair) for pair in pairs])
-    assert [task.output(task.layout.unpack(state)) for state in finals] == [first + second for first, second in pairs]
+    starts = torch.stack([task.initial_state(pair) for pair in pairs])
+    visited, finals = template_trajectories(task.templates, starts, [task.num_micro_steps(pair) for pair in pairs])
+    assert [task.result(state) for state in finals] == [first + second for first, second in pairs]
     assert torch.equal(task.templates.micro_step(finals), finals)
     return max(len(states) - 1 for states in visited)
 
@@ -52,8 +52,8 @@ def test_few_pairs_are_enumerated_once_each(bits: int) -> None:
 def test_random_pairs_have_carries_of_many_lengths() -> None:
     task = Addition(32)
     pairs = list(itertools.islice(task.inputs(random.Random(0)), 50, 450))
-    starts = torch.stack([task.layout.pack(task.fields(pair)) for pair in pairs])
-    visited, _ = trajectories(task.templates, starts, [task.micro_steps(pair) for pair in pairs])
+    starts = torch.stack([task.initial_state(pair) for pair in pairs])
+    visited, _ = template_trajectories(task.templates, starts, [task.num_micro_steps(pair) for pair in pairs])
     lengths = {len(states) for states in visited}
     assert min(lengths) < 5
     assert max(lengths) > 50
@@ -62,5 +62,5 @@ def test_random_pairs_have_carries_of_many_lengths() -> None:
 
 @pytest.mark.parametrize("bits", [0, 513])
 def test_bad_options(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"--bits {bits}: expected an integer from 1 to 512"):
+    with pytest.raises(ValueError, match=f"bits={bits}: expected an integer from 1 to 512"):
         Addition(bits)

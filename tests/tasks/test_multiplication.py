@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from ntk_ensembles.tasks import Multiplication, StateLayout
-from ntk_ensembles.tasks.evaluation import trajectories
+from ntk_ensembles.tasks.evaluation import template_trajectories
 
 
 def run_pairs(task: Multiplication, pairs: list[tuple[int, int]]) -> tuple[list[int], int]:
     """The products, each checked to stay, and the most micro-steps until the fixed point."""
-    starts = torch.stack([task.layout.pack(task.fields(pair)) for pair in pairs])
-    visited, finals = trajectories(task.templates, starts, [task.micro_steps(pair) for pair in pairs])
+    starts = torch.stack([task.initial_state(pair) for pair in pairs])
+    visited, finals = template_trajectories(task.templates, starts, [task.num_micro_steps(pair) for pair in pairs])
     assert torch.equal(task.templates.micro_step(finals), finals)
-    return [task.output(task.layout.unpack(state)) for state in finals], max(len(states) - 1 for states in visited)
+    return [task.result(state) for state in finals], max(len(states) - 1 for states in visited)
 
 
 @pytest.mark.parametrize("bits", range(1, 6))
@@ -25,9 +25,9 @@ def test_every_pair(bits: int) -> None:
     task = Multiplication(bits)
     pairs = list(itertools.product(range(1 << bits), range(1 << bits)))
     # One micro-step beyond the bound, so that only the bound itself can be seen to be reached.
-    starts = torch.stack([task.layout.pack(task.fields(pair)) for pair in pairs])
-    visited, _ = trajectories(task.templates, starts, [task.micro_steps(pair) + 1 for pair in pairs])
-    assert max(len(states) - 1 for states in visited) == task.micro_steps((0, 0))
+    starts = torch.stack([task.initial_state(pair) for pair in pairs])
+    visited, _ = template_trajectories(task.templates, starts, [task.num_micro_steps(pair) + 1 for pair in pairs])
+    assert max(len(states) - 1 for states in visited) == task.num_micro_steps((0, 0))
     assert run_pairs(task, pairs)[0] == [first * second for first, second in pairs]
 
 
@@ -52,9 +52,9 @@ def test_other_counters_are_wrong(count: int) -> None:
     assert len(task.layout["count"]) == 5
     task.layout = StateLayout(**{name: len(task.layout[name]) for name in task.layout} | {"count": count})
     pairs = list(itertools.product(range(16), range(16)))
-    starts = torch.stack([task.layout.pack(task.fields(pair)) for pair in pairs])
-    _, finals = trajectories(task.templates, starts, [100] * len(pairs))
-    products = [task.output(task.layout.unpack(state)) for state in finals]
+    starts = torch.stack([task.initial_state(pair) for pair in pairs])
+    _, finals = template_trajectories(task.templates, starts, [100] * len(pairs))
+    products = [task.result(state) for state in finals]
     assert products != [first * second for first, second in pairs]
 
 
@@ -64,7 +64,7 @@ def test_counts(bits: int) -> None:
     counter = bits if bits % 2 else bits + 1
     assert len(task.templates) == 17 * bits - 3 + counter <= 20 * bits + 2
     assert task.layout.bits == 9 * bits + 1 + counter <= 18 * bits
-    assert task.micro_steps((0, 0)) <= min(bits**2 + 4 * bits, 4 * bits**2 + 3 * bits)
+    assert task.num_micro_steps((0, 0)) <= min(bits**2 + 4 * bits, 4 * bits**2 + 3 * bits)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -76,5 +76,5 @@ def test_few_pairs_are_enumerated_once_each(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [0, 65])
 def test_bad_options(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"--bits {bits}: expected an integer from 1 to 64"):
+    with pytest.raises(ValueError, match=f"bits={bits}: expected an integer from 1 to 64"):
         Multiplication(bits)

@@ -13,8 +13,8 @@ from ntk_ensembles.tasks import Permutation
 
 
 def one_step(task: Permutation, values: list[int]) -> list[int]:
-    states = torch.stack([task.layout.pack(task.fields(value)) for value in values])
-    return [task.output(task.layout.unpack(state)) for state in task.templates.micro_step(states)]
+    states = torch.stack([task.initial_state(value) for value in values])
+    return [task.result(state) for state in task.templates.micro_step(states)]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -27,7 +27,7 @@ def test_every_word(bits: int, seed: int | None) -> None:
     for word in digits:
         moved = [""] * bits
         for i, digit in enumerate(word):
-            moved[task.permutation[i]] = digit
+            moved[task.targets[i]] = digit
         expected.append(int("".join(moved)[::-1], 2))
     assert one_step(task, values) == expected
     assert [task.reference(value) for value in values] == expected
@@ -41,19 +41,20 @@ def test_long_words() -> None:
 
 
 def test_no_seed_is_the_identity_and_seeds_differ() -> None:
-    assert Permutation(9, permutation_seed=None).permutation == tuple(range(9))
-    assert sorted(Permutation(9).permutation) == list(range(9))
-    assert Permutation(9).permutation != Permutation(9, permutation_seed=1).permutation
+    assert Permutation(9, permutation_seed=None).targets == tuple(range(9))
+    assert sorted(Permutation(9).targets) == list(range(9))
+    assert Permutation(9).targets != Permutation(9, permutation_seed=1).targets
 
 
 def test_explicit_permutation() -> None:
-    task = Permutation.of([2, 0, 1])
+    task = Permutation(3, permutation=[2, 0, 1])
     # Bit 0 goes to 2, bit 1 to 0, bit 2 to 1.
     assert one_step(task, [0b001, 0b010, 0b100]) == [0b100, 0b001, 0b010]
-    assert task.options == {"bits": 3, "ones": None, "permutation_seed": None, "permutation": [2, 0, 1]}
-    assert "permutation" not in Permutation(3).options
-    with pytest.raises(ValueError, match="no permutation of 0 to 2"):
-        Permutation.of([0, 2, 2])
+    assert task.options == {"bits": 3, "ones": None, "permutation_seed": 0, "permutation": [2, 0, 1]}
+    assert Permutation(3).options["permutation"] is None
+    assert Permutation.from_options(task.options).targets == (2, 0, 1)
+    with pytest.raises(ValueError, match="each of 0 to 2 once"):
+        Permutation(3, permutation=[0, 2, 2])
 
 
 @pytest.mark.parametrize(("bits", "ones"), [(1, 0), (1, 1), (6, 2), (5, 0), (5, 5), (30, 2), (30, 28)])
@@ -76,7 +77,7 @@ def test_inputs_of_long_words_go_on(ones: int | None) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "ones", "message"),
-    [(0, None, "--bits 0: expected an integer from 1 to 4096"), (4097, None, "--bits"), (5, 6, "--ones 6.* 0 to 5")],
+    [(0, None, "bits=0: expected an integer from 1 to 4096"), (4097, None, "bits=4097"), (5, 6, "ones=6.* 0 to 5")],
 )
 def test_bad_options(bits: int, ones: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):

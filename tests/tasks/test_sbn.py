@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ntk_ensembles.sbn import Branch, Machine, MachineState
-from ntk_ensembles.tasks import SBN, Program
+from ntk_ensembles.tasks import SBN, Branch, Machine, MachineState, Program
 
 
 def pack_states(task: SBN, states: list[MachineState]) -> Bool[Tensor, "states bits"]:
@@ -20,7 +19,9 @@ def pack_states(task: SBN, states: list[MachineState]) -> Bool[Tensor, "states b
     packed = torch.zeros(len(states), task.layout.bits, dtype=torch.bool)
     words = torch.tensor([state.memory for state in states])
     for cell in range(task.cells):
-        packed[:, list(task.layout[f"memory{cell}"])] = (words[:, cell, None] >> torch.arange(task.word) & 1).bool()
+        packed[:, list(task.layout[f"memory{cell}"])] = (
+            words[:, cell, None] >> torch.arange(task.word_bits) & 1
+        ).bool()
     pcs = torch.tensor([state.pc for state in states])
     packed[:, list(task.layout["pc"])] = (pcs[:, None] >> torch.arange(task.address_bits) & 1).bool()
     packed[:, task.layout["fetch"][0]] = torch.tensor([not state.halted for state in states])
@@ -29,12 +30,12 @@ def pack_states(task: SBN, states: list[MachineState]) -> Bool[Tensor, "states b
 
 def check_lockstep(task: SBN, states: list[MachineState], instructions: int) -> list[MachineState]:
     """Compares every bit of the state after each instruction; returns the final states."""
-    packed = pack_states(task, states)
+    packed = task.pack(states)
     for _ in range(instructions):
-        for _ in range(task.step_micro_steps):
+        for _ in range(task.micro_steps_per_instruction):
             packed = task.templates.micro_step(packed)
         states = [task.machine.step(state) for state in states]
-        wrong = (packed != pack_states(task, states)).any(1).nonzero().flatten().tolist()
+        wrong = (packed != task.pack(states)).any(1).nonzero().flatten().tolist()
         assert not wrong, states[wrong[0]]
     return states
 
@@ -43,7 +44,7 @@ def random_states(task: SBN, count: int, seed: int) -> list[MachineState]:
     generator = random.Random(seed)
     return [
         MachineState(
-            tuple(task.machine.wrap(generator.getrandbits(task.word)) for _ in range(task.cells)),
+            tuple(task.machine.wrap(generator.getrandbits(task.word_bits)) for _ in range(task.cells)),
             generator.randrange(task.cells),
             halted=False,
         )
@@ -95,25 +96,25 @@ def test_a_program_that_rewrites_itself(branch: Branch) -> None:
 def test_a_halted_state_is_a_fixed_point() -> None:
     task = SBN(8, 5)
     halted = MachineState((1, -2, 3, -4, 5, -6, 7, -8), 5, halted=True)
-    packed = pack_states(task, [halted])
+    packed = task.pack([halted])
     assert torch.equal(task.templates.micro_step(packed), packed)
-    assert task.output(task.layout.unpack(packed[0])) == halted
+    assert task.result(packed[0]) == halted
 
 
 def test_fields_and_output_are_inverse() -> None:
     task = SBN(8, 5, "nonpositive")
     states = random_states(task, 50, seed=0)
     states += [MachineState(state.memory, state.pc, halted=True) for state in states]
-    for state, row in zip(states, pack_states(task, states), strict=True):
-        fields = task.fields(Program(state, 1, "test"))
+    for state, row in zip(states, task.pack(states), strict=True):
+        fields = task.initial_fields(Program(state, 1, "test"))
         assert torch.equal(task.layout.pack(fields), row)
-        assert task.output(task.layout.unpack(row)) == state
+        assert task.result(row) == state
 
 
 def test_nothing_is_left_over_between_instructions() -> None:
     task = SBN(8, 4, "nonpositive")
-    packed = pack_states(task, random_states(task, 200, seed=0))
-    for _ in range(task.step_micro_steps):
+    packed = task.pack(random_states(task, 200, seed=0))
+    for _ in range(task.micro_steps_per_instruction):
         packed = task.templates.micro_step(packed)
     for state in packed:
         fields = task.layout.unpack(state)
@@ -127,7 +128,7 @@ def test_counts(cells: int, ceiling_templates: int, ceiling_bits: int, branch: B
     task = SBN(cells, 8, branch)
     assert len(task.templates) <= ceiling_templates
     assert task.layout.bits <= ceiling_bits
-    assert task.step_micro_steps == 11
+    assert task.micro_steps_per_instruction == 11
 
 
 def test_default_counts() -> None:
@@ -143,7 +144,7 @@ def test_inputs_mix_programs_and_random_memories() -> None:
     names = [label for label in labels(SBN(), 60) if label != "random memory"]
     assert names == ["add", "copy", "minus_absolute", "multiply", "negate", "negated_sum"]
     assert labels(SBN(branch="nonpositive"), 5) == ["add", *["random memory"] * 3, "copy"]
-    assert set(labels(SBN(word=7), 60)) == {"random memory"}
+    assert set(labels(SBN(word_bits=7), 60)) == {"random memory"}
     assert set(labels(SBN(cells=8), 60)) == {"random memory", "negate"}
 
 
@@ -158,23 +159,23 @@ def test_shipped_programs_halt(cells: int, branch: Branch) -> None:
 
 
 def test_random_memories_run_for_the_given_instructions() -> None:
-    task = SBN(instructions=9, word=7)
+    task = SBN(instructions=9, word_bits=7)
     program = next(task.inputs(random.Random(0)))
     assert program.instructions == 9
-    assert task.micro_steps(program) == 9 * 10
+    assert task.num_micro_steps(program) == 9 * 10
     assert task.reference(program) == Machine(16, 7).run(program.state, 9)[0]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cells": 2}, "--cells 2: expected an integer from 4 to 256"),
-        ({"cells": 12}, "--cells 12: expected a power of two"),
-        ({"cells": 512}, "--cells 512"),
-        ({"word": 1}, "--word 1"),
-        ({"word": 17}, "--word 17"),
-        ({"cells": 64, "word": 5}, "--word 5: .* 64 cells; expected at least 6"),
-        ({"instructions": 0}, "--instructions 0"),
+        ({"cells": 2}, "cells=2: expected an integer from 4 to 256"),
+        ({"cells": 12}, "cells=12: expected a power of two"),
+        ({"cells": 512}, "cells=512"),
+        ({"word_bits": 1}, "word_bits=1"),
+        ({"word_bits": 17}, "word_bits=17"),
+        ({"cells": 64, "word_bits": 5}, "word_bits=5: expected at least 6: .* 64 cells"),
+        ({"instructions": 0}, "instructions=0"),
         ({"branch": "zero"}, "'zero'"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ntk_ensembles.tasks import Addition, EvaluationSet, StateLayout, Template, TemplateSet
-from ntk_ensembles.tasks.extremes import MatchExtremes
+from ntk_ensembles.templates.bounds import MatchBounds
 from ntk_ensembles.theory import (
     DECODERS,
     TIE,
@@ -64,7 +64,7 @@ def brute_force(predictor: TemplatePredictor, decoder: str) -> tuple[float, floa
 @given(st.integers(0, 1 << 30), st.integers(1, 6), st.integers(1, 6))
 def test_worst_margins_equal_enumeration(seed: int, count: int, repeats: int) -> None:
     templates = random_templates(seed, count, repeats)
-    predictor, extremes = TemplatePredictor(templates), MatchExtremes(templates)
+    predictor, extremes = TemplatePredictor(templates), MatchBounds(templates)
     for decoder in DECODERS:
         certificate = certify(predictor, extremes, decoder)
         ones, zeros, right, score = brute_force(predictor, decoder)
@@ -80,14 +80,14 @@ def test_worst_margins_equal_enumeration(seed: int, count: int, repeats: int) ->
         if certificate.ones:
             assert templates.labels[templates.matches(certificate.ones.state[None])[0]].sum(0)[
                 certificate.ones.bit
-            ] == (certificate.ones.setting)
+            ] == (certificate.ones.set_count)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(1, 6), st.integers(1, 8))
 def test_padding_is_the_least_with_which_the_sign_rule_is_exact(seed: int, count: int, repeats: int) -> None:
     templates = random_templates(seed, count, repeats)
-    padding = sign_padding(TemplatePredictor(templates), MatchExtremes(templates))
+    padding = sign_padding(TemplatePredictor(templates), MatchBounds(templates))
     assert brute_force(TemplatePredictor(templates, padding), "sign")[2]
     assert padding == 0 or not brute_force(TemplatePredictor(templates, padding - 1), "sign")[2]
 
@@ -102,7 +102,7 @@ def test_the_sign_rule_does_fail_on_some_template_sets() -> None:
 @pytest.mark.parametrize("delta", [0.1, 1e-6, 1e-200])
 def test_members_are_the_least_that_the_union_bound_allows(log_states: float, delta: float) -> None:
     templates = Addition(4).templates
-    certificate = certify(TemplatePredictor(templates), MatchExtremes(templates), "midpoint")
+    certificate = certify(TemplatePredictor(templates), MatchBounds(templates), "midpoint")
     members = certificate.members(delta, log_states)
     assert members is not None
 
@@ -117,8 +117,8 @@ def test_members_are_the_least_that_the_union_bound_allows(log_states: float, de
 
 def test_delta_outside_its_range_is_refused() -> None:
     templates = Addition(1).templates
-    certificate = certify(TemplatePredictor(templates), MatchExtremes(templates), "midpoint")
-    with pytest.raises(ValueError, match="--delta 1"):
+    certificate = certify(TemplatePredictor(templates), MatchBounds(templates), "midpoint")
+    with pytest.raises(ValueError, match="delta=1"):
         certificate.members(1.0)
 
 
@@ -128,7 +128,7 @@ def test_members_needed_hold_in_drawn_ensembles() -> None:
     evaluation = EvaluationSet.sample(task, 60, 0)
     predictor = TemplatePredictor(task.templates)
     delta, draws = 0.05, 20_000
-    members = members_for_states(predictor, "midpoint", evaluation.matches, evaluation.successors, delta)
+    members = members_for_states(predictor, "midpoint", evaluation.matches, evaluation.next_states, delta)
     assert members is not None
     covariance = predictor.covariance(evaluation.matches)
     root = torch.linalg.cholesky(covariance + 1e-12 * torch.eye(len(covariance), dtype=covariance.dtype))
@@ -141,7 +141,7 @@ def test_members_needed_hold_in_drawn_ensembles() -> None:
         for _ in range(20):
             noise = torch.randn(draws // 20, len(root), task.layout.bits, generator=generator, dtype=torch.float64)
             decoded = decode(gaussian.mean + torch.einsum("ij,djb->dib", root, noise) / math.sqrt(n), levels)
-            wrong += int((decoded != evaluation.successors).flatten(1).any(1).sum())
+            wrong += int((decoded != evaluation.next_states).flatten(1).any(1).sum())
         return wrong / draws
 
     # Three standard deviations of the estimate.
@@ -152,9 +152,9 @@ def test_members_needed_hold_in_drawn_ensembles() -> None:
 def test_no_number_of_members_helps_where_the_sign_rule_ties() -> None:
     task = Addition(4)
     evaluation = EvaluationSet.sample(task, 60, 0)
-    predictor, extremes = TemplatePredictor(task.templates), MatchExtremes(task.templates)
+    predictor, extremes = TemplatePredictor(task.templates), MatchBounds(task.templates)
     certificate = certify(predictor, extremes, "sign")
     assert certificate.exact
     assert certificate.tie
     assert certificate.members(0.5) is None
-    assert members_for_states(predictor, "sign", evaluation.matches, evaluation.successors, 0.5) is None
+    assert members_for_states(predictor, "sign", evaluation.matches, evaluation.next_states, 0.5) is None

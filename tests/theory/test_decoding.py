@@ -15,8 +15,7 @@ from jaxtyping import TypeCheckError
 from scipy import stats
 from torch import Tensor
 
-from ntk_ensembles.tasks.layout import StateLayout
-from ntk_ensembles.tasks.templates import Template, TemplateSet
+from ntk_ensembles.templates import StateLayout, Template, TemplateSet
 from ntk_ensembles.theory.decoding import (
     DECODERS,
     Decoder,
@@ -38,19 +37,19 @@ def predictor_of(labels: Tensor, padding: int = 0) -> TemplatePredictor:
 
 
 def random_case(seed: int, templates: int, bits: int, states: int) -> tuple[TemplatePredictor, Tensor, Tensor]:
-    """A predictor with sparse random labels, random matches with s = 0 and s = 1 among them, and successors."""
+    """A predictor with sparse random labels, random matches with s = 0 and s = 1 among them, and next_states."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.rand(templates, bits, generator=generator) < 0.3
     matches = torch.rand(states, templates, generator=generator) < torch.rand(states, 1, generator=generator)
     matches[0] = False
     matches[1] = torch.arange(templates) == seed % templates
     predictor = predictor_of(labels)
-    return predictor, matches, predictor.templates.counts(matches) > 0
+    return predictor, matches, predictor.templates.set_counts(matches) > 0
 
 
-def distances(decoder: Decoder, predictor: TemplatePredictor, matches: Tensor, successors: Tensor) -> Tensor:
+def distances(decoder: Decoder, predictor: TemplatePredictor, matches: Tensor, next_states: Tensor) -> Tensor:
     """The margins of states."""
-    return margins(predictor.predict(matches).mean, thresholds(decoder, predictor, matches.sum(1)), successors)
+    return margins(predictor.predict(matches).mean, thresholds(decoder, predictor, matches.sum(1)), next_states)
 
 
 # Built in the tests' bodies: run-time type checks draw random numbers, which strategies must not.
@@ -80,12 +79,12 @@ def test_margins_for_every_s_count_and_fan_in(templates: int) -> None:
         possible &= predictor.fan_in - count <= templates - s[:, None]
         counts = torch.full_like(predictor.fan_in, count).expand(templates, -1)
         mean = predictor.mean(s, counts, predictor.fan_in)
-        successors = counts > 0
-        midpoint = margins(mean, thresholds("midpoint", predictor, s), successors)
+        next_states = counts > 0
+        midpoint = margins(mean, thresholds("midpoint", predictor, s), next_states)
         expected = half * abs(2 * count - 1)
         torch.testing.assert_close(midpoint[possible], expected.expand_as(midpoint)[possible], rtol=1e-12, atol=1e-13)
         assert bool((midpoint[possible] > 0).all())
-        sign = margins(mean, thresholds("sign", predictor, s), successors)
+        sign = margins(mean, thresholds("sign", predictor, s), next_states)
         value = matched_weight * count + unmatched_weight * (predictor.fan_in - count)
         decided = possible & (value.abs() > 1e-9)
         assert torch.equal((sign > 0)[decided], (value > 0)[decided] == (count > 0))
@@ -95,29 +94,29 @@ def test_margins_for_every_s_count_and_fan_in(templates: int) -> None:
 @settings(max_examples=50, deadline=None)
 def test_midpoint_is_exact_for_every_template_set(case: tuple[int, int, int, int]) -> None:
     """Decoding the mean gives the union of outputs; margins are positive; outputs of any batch and dtype decode."""
-    predictor, matches, successors = random_case(*case)
+    predictor, matches, next_states = random_case(*case)
     mean = predictor.predict(matches).mean
     limits = thresholds("midpoint", predictor, matches.sum(1))
     assert limits.shape == mean.shape
     assert limits.dtype == torch.float64
-    assert torch.equal(decode(mean, limits), successors)
-    assert bool((margins(mean, limits, successors) > 0).all())
+    assert torch.equal(decode(mean, limits), next_states)
+    assert bool((margins(mean, limits, next_states) > 0).all())
     batch = decode(mean.to(torch.float32).expand(2, 3, -1, -1), limits)
     assert batch.dtype == torch.bool
-    assert torch.equal(batch, successors.expand(2, 3, -1, -1))
+    assert torch.equal(batch, next_states.expand(2, 3, -1, -1))
 
 
 @given(cases)
 @settings(max_examples=50, deadline=None)
 def test_margins_are_positive_exactly_where_decoding_is_right(case: tuple[int, int, int, int]) -> None:
     """For both decoders, at the means and at noisy outputs."""
-    predictor, matches, successors = random_case(*case)
+    predictor, matches, next_states = random_case(*case)
     mean = predictor.predict(matches).mean
     noisy = mean + torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for decoder in DECODERS:
         limits = thresholds(decoder, predictor, matches.sum(1))
         for outputs in (mean, noisy):
-            assert torch.equal(margins(outputs, limits, successors) > 0, decode(outputs, limits) == successors)
+            assert torch.equal(margins(outputs, limits, next_states) > 0, decode(outputs, limits) == next_states)
 
 
 def test_padding_rescues_the_sign_rule() -> None:
@@ -125,8 +124,8 @@ def test_padding_rescues_the_sign_rule() -> None:
     index = torch.arange(40)
     # One of nine matched templates sets the bit, as do all 31 others.
     labels, matches = ((index == 0) | (index >= 9))[:, None], (index < 9)[None, :]
-    successors = torch.ones(1, 1, dtype=torch.bool)
-    right = [bool(distances("sign", predictor_of(labels, padding), matches, successors) > 0) for padding in (0, 400)]
+    next_states = torch.ones(1, 1, dtype=torch.bool)
+    right = [bool(distances("sign", predictor_of(labels, padding), matches, next_states) > 0) for padding in (0, 400)]
     assert right == [False, True]
 
 
@@ -190,17 +189,17 @@ def test_bits_that_nothing_writes_are_coins_for_the_sign_rule() -> None:
     """F_j = 0: the mean is exactly 0 at any s."""
     predictor = predictor_of(torch.tensor([[True, False]] * 6))
     matches = torch.arange(6)[None, :] < 3
-    successors = torch.tensor([[True, False]])
+    next_states = torch.tensor([[True, False]])
     variance = predictor.predict(matches).variance
-    sign = bit_error_probability(distances("sign", predictor, matches, successors), variance, 10)
-    midpoint = bit_error_probability(distances("midpoint", predictor, matches, successors), variance, 10)
+    sign = bit_error_probability(distances("sign", predictor, matches, next_states), variance, 10)
+    midpoint = bit_error_probability(distances("midpoint", predictor, matches, next_states), variance, 10)
     assert float(sign[0, 1]) == 0.5
     assert float(midpoint[0, 1]) < 0.1
 
 
 def test_refusals() -> None:
     """Unknown decoders, no members, no draws."""
-    predictor, matches, successors = random_case(0, 4, 3, 5)
+    predictor, matches, next_states = random_case(0, 4, 3, 5)
     # Run-time type checks, where they are on, refuse it before the function does.
     with pytest.raises((ValueError, TypeCheckError), match="median"):
         thresholds("median", predictor, matches.sum(1))  # type: ignore[arg-type]
@@ -208,38 +207,38 @@ def test_refusals() -> None:
         bit_error_probability(torch.ones(1, 1).double(), torch.ones(1).double(), 0)
     with pytest.raises(ValueError, match="0 draws"):
         exact_match_band(
-            predictor, matches, successors, "sign", [1], generator=torch.Generator().manual_seed(0), draws=0
+            predictor, matches, next_states, "sign", [1], generator=torch.Generator().manual_seed(0), draws=0
         )
 
 
 def brute_rates(
-    predictor: TemplatePredictor, matches: Tensor, successors: Tensor, decoder: Decoder, members: int, draws: int
+    predictor: TemplatePredictor, matches: Tensor, next_states: Tensor, decoder: Decoder, members: int, draws: int
 ) -> npt.NDArray[np.float64]:
     """Rates of ensembles made of members drawn one by one from numpy's joint Gaussian, decoded and compared."""
     rng = np.random.default_rng(members)
     gaussian = predictor.predict(matches)
     limits = thresholds(decoder, predictor, matches.sum(1))
-    shape = (draws, members, successors.shape[1])
+    shape = (draws, members, next_states.shape[1])
     deviations = rng.multivariate_normal(np.zeros(len(matches)), predictor.covariance(matches).numpy(), shape)
     means = gaussian.mean + torch.from_numpy(deviations.mean(1)).transpose(1, 2)
     # Finite width never interpolates exactly, which is what makes a tie at s = 1 a coin.
     jitter = torch.from_numpy(rng.standard_normal(means.shape)) * 1e-7
     means = torch.where(matches.sum(1)[:, None] == 1, means + jitter, means)
-    result: npt.NDArray[np.float64] = (decode(means, limits) == successors).all(2).double().mean(1).numpy()
+    result: npt.NDArray[np.float64] = (decode(means, limits) == next_states).all(2).double().mean(1).numpy()
     return result
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_band_matches_brute_force(decoder: Decoder) -> None:
     """Mean and quantiles of the band, and the closed form's mean, against ensembles of drawn members."""
-    predictor, matches, successors = random_case(5, 12, 4, 30)
+    predictor, matches, next_states = random_case(5, 12, 4, 30)
     # Equal states must fail together, and make the covariance singular.
-    matches, successors = torch.cat([matches, matches[5:20]]), torch.cat([successors, successors[5:20]])
+    matches, next_states = torch.cat([matches, matches[5:20]]), torch.cat([next_states, next_states[5:20]])
     sizes, draws = (1, 3, 12), 3000
     generator = torch.Generator().manual_seed(3)
     levels = (0.05, 0.5, 0.95)
     band = exact_match_band(
-        predictor, matches, successors, decoder, sizes, generator=generator, draws=draws, levels=levels
+        predictor, matches, next_states, decoder, sizes, generator=generator, draws=draws, levels=levels
     )
     assert band.members == sizes
     assert band.levels == levels
@@ -247,7 +246,7 @@ def test_band_matches_brute_force(decoder: Decoder) -> None:
     assert band.quantiles.shape == (3, 3)
     assert band.mean.dtype == band.quantiles.dtype == torch.float64
     for row, members in enumerate(sizes):
-        rates = brute_rates(predictor, matches, successors, decoder, members, draws)
+        rates = brute_rates(predictor, matches, next_states, decoder, members, draws)
         standard_error = max(float(rates.std()) / math.sqrt(draws), 1e-12)
         assert abs(float(rates.mean() - band.mean[row])) < 4.5 * standard_error
         # Rates are multiples of 1/45, and 3000 draws place the 5% level within 0.4 points: a step or two.
@@ -257,13 +256,13 @@ def test_band_matches_brute_force(decoder: Decoder) -> None:
 
 def test_band_is_reproducible_and_accounts_for_shared_members() -> None:
     """One generator seed, one band; copies of one state fail together, so the rate is all or nothing."""
-    predictor, matches, successors = random_case(5, 12, 4, 30)
+    predictor, matches, next_states = random_case(5, 12, 4, 30)
     copies = torch.full((40,), 7)
     bands = [
         exact_match_band(
             predictor,
             matches[copies],
-            successors[copies],
+            next_states[copies],
             "midpoint",
             [1],
             generator=torch.Generator().manual_seed(1),
@@ -279,12 +278,12 @@ def test_band_is_reproducible_and_accounts_for_shared_members() -> None:
 
 def test_band_of_many_states_draws_a_subset() -> None:
     """The mean stays that of all states; the band is near that of all."""
-    predictor, matches, successors = random_case(9, 20, 4, 400)
+    predictor, matches, next_states = random_case(9, 20, 4, 400)
     bands = [
         exact_match_band(
             predictor,
             matches,
-            successors,
+            next_states,
             "midpoint",
             [2],
             generator=torch.Generator().manual_seed(1),

@@ -133,7 +133,7 @@ def test_inverse_kernel_of_the_identity(templates: int, leading: tuple[int, ...]
     c = 1 / (2 * math.pi)
     kernel = ((1 - c) * np.eye(templates) + c) / templates
     expected = torch.from_numpy(residual.numpy() @ np.linalg.inv(kernel))
-    closed, general = InverseKernel.identity(templates), InverseKernel.of(eye)
+    closed, general = InverseKernel.for_one_hot(templates), InverseKernel.from_inputs(eye)
     # Entries are sums of k terms up to k/(1 − c) times the residual's.
     scale = 1e-14 * templates**1.5
     torch.testing.assert_close(closed(residual), expected, rtol=1e-12, atol=scale)
@@ -146,7 +146,7 @@ def test_inverse_kernel_of_the_identity(templates: int, leading: tuple[int, ...]
 def test_inverse_kernel_of_general_inputs() -> None:
     """R·Θ⁻¹·Θ gives R back for arbitrary inputs, in every leading shape."""
     inputs = random_inputs(3, 7, 5)
-    inverse = InverseKernel.of(inputs)
+    inverse = InverseKernel.from_inputs(inputs)
     residual = random_inputs(4, 6, 7).reshape(2, 3, 7)
     expected = residual.numpy() @ np.linalg.inv(ntk(inputs, inputs).numpy())
     # Θ's condition number is about 1e2 here.
@@ -157,7 +157,7 @@ def test_inverse_kernel_of_general_inputs() -> None:
 def test_inverse_kernel_computes_in_the_residuals_dtype(dtype: torch.dtype) -> None:
     """Rounding of the low precision only: a few units in the last place of the largest entry."""
     residual = random_inputs(5, 3, 9)
-    for inverse in (InverseKernel.identity(9), InverseKernel.of(torch.eye(9, dtype=torch.float64))):
+    for inverse in (InverseKernel.for_one_hot(9), InverseKernel.from_inputs(torch.eye(9, dtype=torch.float64))):
         low, full = inverse(residual.to(dtype)), inverse(residual)
         assert low.dtype == dtype
         assert low.shape == residual.shape
@@ -176,7 +176,7 @@ def test_inverse_kernel_computes_in_the_residuals_dtype(dtype: torch.dtype) -> N
 def test_singular_kernels_are_named(rows: list[list[float]], message: str) -> None:
     """The error says which rows to look at."""
     with pytest.raises(ValueError, match=message):
-        InverseKernel.of(torch.tensor(rows, dtype=torch.float64))
+        InverseKernel.from_inputs(torch.tensor(rows, dtype=torch.float64))
 
 
 def test_opposite_rows_are_not_singular() -> None:
@@ -189,6 +189,6 @@ def test_opposite_rows_are_not_singular() -> None:
 def test_inverse_kernel_refuses_wrong_sizes() -> None:
     """Got, expected."""
     with pytest.raises(ValueError, match="residuals on 4 training inputs; .* has 5"):
-        InverseKernel.identity(5)(torch.zeros(2, 4))
+        InverseKernel.for_one_hot(5)(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="at least 1"):
-        InverseKernel.identity(0)
+        InverseKernel.for_one_hot(0)

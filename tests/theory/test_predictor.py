@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -12,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ntk_ensembles.errors import OptionError
 from ntk_ensembles.tasks import Addition
-from ntk_ensembles.tasks.layout import StateLayout
-from ntk_ensembles.tasks.templates import Template, TemplateSet
-from ntk_ensembles.theory.predictor import TemplatePredictor, posterior
+from ntk_ensembles.templates import StateLayout, Template, TemplateSet
+from ntk_ensembles.theory.predictor import Kernel, TemplatePredictor, posterior
 
 Array = npt.NDArray[np.float64]
 
@@ -220,7 +221,90 @@ def test_posterior_covariance_is_that_of_drawn_functions() -> None:
 def test_members_that_start_at_zero_do_not_vary() -> None:
     task = Addition(3)
     matches = task.templates.matches(torch.rand(50, 9, generator=torch.Generator().manual_seed(0)) < 0.5)
-    plain, centred = TemplatePredictor(task.templates), TemplatePredictor(task.templates, centred=True)
-    assert torch.equal(centred.predict(matches).mean, plain.predict(matches).mean)
-    assert not centred.predict(matches).variance.any()
-    assert not centred.covariance(matches).any()
+    plain, antisymmetric = TemplatePredictor(task.templates), TemplatePredictor(task.templates, antisymmetric=True)
+    assert torch.equal(antisymmetric.predict(matches).mean, plain.predict(matches).mean)
+    assert not antisymmetric.predict(matches).variance.any()
+    assert not antisymmetric.covariance(matches).any()
+
+
+def random_inputs(seed: int, *shapes: tuple[int, int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+
+
+def test_the_nngp_posterior_is_conditioning() -> None:
+    """Against the conditional Gaussian's precision matrix: another route than Cholesky of the training block."""
+    inputs, labels, tests = random_inputs(5, (7, 4), (7, 2), (5, 4))
+    mean, covariance = posterior(inputs, labels, tests, kernel="nngp")
+    every = torch.cat([tests, inputs]).numpy()
+    lengths = np.linalg.norm(every, axis=1)
+    kernel = kernels_from_definition(every / lengths[:, None], every / lengths[:, None])[0] * np.outer(lengths, lengths)
+    # Of a joint precision P the block on the tests is the conditional precision, and mean = −P_tt⁻¹P_tX·Y.
+    precision = np.linalg.inv(kernel)
+    expected = np.linalg.inv(precision[:5, :5])
+    # The joint kernel's condition number is about 1e4.
+    np.testing.assert_allclose(covariance.numpy(), expected, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(mean.numpy(), -expected @ precision[:5, 5:] @ labels.numpy(), rtol=0, atol=1e-10)
+    assert torch.equal(covariance, covariance.T)
+
+
+def test_training_the_readout_alone_samples_the_nngp_posterior() -> None:
+    """Gradient flow on the readout ends at its least-norm change: mean and covariance over drawn readouts.
+
+    At finite width and given hidden weights the trained readout is Gaussian, exactly; the wider, the nearer its
+    covariance is to the posterior's.
+    """
+    inputs, labels, tests = random_inputs(6, (6, 4), (6, 2), (3, 4))
+    mean, covariance = posterior(inputs, labels, tests, kernel="nngp")
+    width = 200_000
+    (hidden,) = random_inputs(7, (width, 4))
+    features, new = (torch.relu(x @ hidden.T / 2) / math.sqrt(width) for x in (inputs, tests))
+    interpolate = torch.linalg.lstsq(features, torch.eye(6, dtype=torch.float64), driver="gelsd").solution
+    # W2 ← W2 + (Y − f0(X))ᵀ·pinv(features)ᵀ: what is left of a readout is its part outside the features' rows.
+    left = new - new @ interpolate @ features
+    # K fluctuates by 1/√200,000 = 0.2%, amplified by the condition number, about 50.
+    torch.testing.assert_close(left @ left.T, covariance, rtol=0.05, atol=2e-3)
+    torch.testing.assert_close(new @ interpolate @ labels, mean, rtol=0.05, atol=0.03)
+
+
+@pytest.mark.parametrize("kernel", ["ntk", "nngp"])
+def test_float32_is_computed_in_float64(kernel: Kernel) -> None:
+    """The same numbers as of the converted arguments, to the bit."""
+    inputs, labels, tests = (value.float() for value in random_inputs(8, (6, 4), (6, 2), (3, 4)))
+    single = posterior(inputs, labels, tests, kernel)
+    double = posterior(inputs.double(), labels.double(), tests.double(), kernel)
+    assert single.mean.dtype == single.covariance.dtype == torch.float64
+    assert torch.equal(single.mean, double.mean)
+    assert torch.equal(single.covariance, double.covariance)
+
+
+@pytest.mark.parametrize("kernel", ["ntk", "nngp"])
+def test_singular_inputs_are_named(kernel: Kernel) -> None:
+    inputs, labels, tests = random_inputs(9, (6, 4), (6, 2), (3, 4))
+    inputs[4] = 3 * inputs[1]
+    with pytest.raises(ValueError, match="rows 1 and 4 are parallel"):
+        posterior(inputs, labels, tests, kernel)
+    # A third is no multiple of float32's spacing.
+    single = inputs.float()
+    single[4] = single[1] / 3
+    with pytest.raises(ValueError, match="rows 1 and 4 of the inputs are parallel up to rounding"):
+        posterior(single, labels.float(), tests.float(), kernel)
+    inputs[4] = 0
+    with pytest.raises(ValueError, match="row 4 is zero"):
+        posterior(inputs, labels, tests, kernel)
+
+
+def test_unknown_kernels_and_wrong_shapes_are_refused() -> None:
+    """By the function itself: the run-time type checks of the tests are not there for users."""
+    unchecked = inspect.unwrap(posterior)
+    inputs, labels, tests = random_inputs(10, (6, 4), (6, 2), (3, 4))
+    with pytest.raises(OptionError, match="kernel='rbf': expected one of ntk, nngp"):
+        unchecked(inputs, labels, tests, "rbf")
+    with pytest.raises(ValueError, match="5 rows of labels for 6 rows of inputs"):
+        unchecked(inputs, labels[:5], tests)
+    with pytest.raises(ValueError, match="test_inputs of 3 features for inputs of 4"):
+        unchecked(inputs, labels, tests[:, :3])
+    with pytest.raises(ValueError, match=r"labels of shape \(6,\): expected two axes"):
+        unchecked(inputs, labels[:, 0], tests)
+    with pytest.raises(ValueError, match="at least one training input"):
+        unchecked(inputs[:0], labels[:0], tests)

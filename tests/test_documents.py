@@ -1,0 +1,193 @@
+"""What README.md, docs/ and the notebooks show is what works: code, links, flags and cited equations."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from ntk_ensembles import TASKS, Addition, RunOptions, train
+from ntk_ensembles.cli.main import main
+from ntk_ensembles.cli.parsing import parse_task
+from ntk_ensembles.cli.train import train_command
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKING = [*PAGES, ROOT / "benchmarks" / "README.md"]
+THEORY = ROOT / "docs" / "theory.md"
+
+COMMANDS = ("certify", "evaluate", "merge", "run", "validate")
+"""Those of ``ntk-ensembles``; ``train.py`` comes beside them."""
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks_of(page: Path) -> list[tuple[int, str]]:
+    """The python blocks of a page, each with the number of the line on which its code begins."""
+    text = text_of(page)
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+
+
+def code_of(page: Path) -> list[str]:
+    """Lines of code blocks, and the code between single backticks."""
+    text = text_of(page)
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```\w*\n.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
+    return [*(line for block in fenced for line in block.splitlines()), *inline]
+
+
+def train_what_the_checkpoints_page_loads() -> None:
+    """The run that its code names in a comment, smaller."""
+    train(Addition(bits=8), RunOptions(width=2048, ensemble=16, evaluation_states=50, out="runs/add"))
+
+
+BEFORE: dict[str, Callable[[], object]] = {"checkpoints.md": train_what_the_checkpoints_page_loads}
+"""What a page's reader has done before its first block."""
+
+AFTER: dict[str, dict[str, object]] = {"checkpoints.md": {"sums": [8, 255]}}
+"""Values that a page states in comments."""
+
+
+def test_no_block_is_overlooked() -> None:
+    pages = {page.name: len(blocks_of(page)) for page in PAGES}
+    assert {"README.md", "any-data.md", "checkpoints.md", "sbn.md", "theory.md"} <= {
+        n for n, found in pages.items() if found
+    }
+    for page in PAGES:
+        # Also one that is indented, or begun with other words after "python".
+        assert len(re.findall(r"(?:```|~~~)[ \t]*py", text_of(page))) == pages[page.name], page.name
+    assert len(code_of(ROOT / "README.md")) > 50
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.name)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    BEFORE.get(page.name, lambda: None)()
+    scope: dict[str, object] = {"__name__": page.stem}
+    for line, block in blocks_of(page):
+        # Blank lines before it, so that a traceback shows the line of the page.
+        exec(compile("\n" * (line - 1) + block, str(page), "exec"), scope)
+    for name, value in AFTER.get(page.name, {}).items():
+        assert scope[name] == value
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_exist(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", text_of(target), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, link
+
+
+@cache
+def help_of(command: str) -> str:
+    """The help of a command, with the options of every task."""
+    capture = pytest.MonkeyPatch()
+    written: list[str] = []
+    tasks: list[list[str]] = [[]]
+    if command in ("train.py", "certify", "validate"):
+        tasks += [["--task", name] for name in TASKS]
+    with capture.context() as patch:
+        # Help is for a terminal; lines that are broken could break a flag.
+        patch.setenv("COLUMNS", "200")
+        patch.setattr("sys.stdout.write", written.append)
+        for task in tasks:
+            with pytest.raises(SystemExit) as stop:
+                train_command([*task, "--help"]) if command == "train.py" else main([command, *task, "--help"])
+            assert stop.value.code == 0
+    return "".join(written)
+
+
+def named(code: str) -> str | None:
+    """The command that a line of code runs."""
+    found = re.search(r"(?:^|\s)(train\.py|ntk-ensembles)(?:\s+(\w+))?", code)
+    if found is None:
+        return None
+    return "train.py" if found[1] == "train.py" else found[2]
+
+
+def flags(code: str) -> list[str]:
+    return re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_flags_exist(page: Path) -> None:
+    """Those of a command in its help; a flag that stands alone in the help of one of them."""
+    everything = "".join(help_of(command) for command in (*COMMANDS, "train.py"))
+    for code in code_of(page):
+        command = named(code)
+        if command is not None:
+            assert command in (*COMMANDS, "train.py"), code
+        # The page of the benchmarks has commands of its own; torchrun's flags come before train.py.
+        own = command or code.startswith("--")
+        for flag in flags(code[code.find("train.py") :] if command == "train.py" else code) if own else []:
+            known = help_of(command) if command else everything
+            assert re.search(rf"{flag}(?![\w-])", known), f"{flag} in {code!r}"
+
+
+def test_the_flags_test_sees_flags() -> None:
+    seen = {(named(code), flag) for page in LINKING for code in code_of(page) for flag in flags(code)}
+    assert {("train.py", "--task"), ("run", "--backend"), ("certify", "--task"), (None, "--out")} <= seen
+    assert "--nonsense" not in help_of("train.py")
+
+
+def test_training_commands_parse() -> None:
+    """With the values that the README gives to options."""
+    commands = [
+        code.partition("train.py")[2].split() for code in code_of(ROOT / "README.md") if named(code) == "train.py"
+    ]
+    parsed = 0
+    for command in commands:
+        if "RUN_DIR" in command or "--help" in command or "--task" not in command and "--config" not in command:
+            continue
+        arguments = [re.sub(r"^(configs|examples)/", rf"{ROOT}/\1/", argument) for argument in command]
+        parse_task(arguments, "train.py", "", RunOptions)
+        parsed += 1
+    assert parsed >= 4
+
+
+def test_cited_equations_and_sections_exist() -> None:
+    """Of docs/theory.md, in docstrings and in other pages; its numbers have no gaps."""
+    theory = text_of(THEORY)
+    numbers = [int(number) for number in re.findall(r"\\tag\{(\d+)\}", theory)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    sections = [int(number) for number in re.findall(r"^## (\d+)\. ", theory, re.MULTILINE)]
+    assert sections == list(range(1, 11))
+    cited = 0
+    for path in [*sorted((ROOT / "ntk_ensembles").rglob("*.py")), *PAGES, THEORY]:
+        text = " ".join(text_of(path).split())
+        for kind, allowed in (("equations?", numbers), ("sections?", sections)):
+            for words in re.findall(rf"theory\.md\)?, {kind} ((?:\(?\d+\)?(?:, | and | to )?)+)", text):
+                for number in re.findall(r"\d+", words):
+                    assert int(number) in allowed, f"{path.name}: {kind} {number}"
+                    cited += 1
+    assert cited >= 5
+    for number in re.findall(
+        r"(?<=[\s,])\((\d{1,2})\)(?=[\s,.:;])", re.sub(r"\$\$.*?\$\$", "", theory, flags=re.DOTALL)
+    ):
+        assert int(number) in numbers, number
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    for cell in cells:
+        exec("".join(cell["source"]), scope)
+    results = scope["results"]
+    assert results["convergence"][-1]["exact_match"]["midpoint"] == 1  # type: ignore[index]
