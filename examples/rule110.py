@@ -103,7 +103,8 @@ class Rule110(Task[tuple[int, int], int]):
 
 def space_time(run: Path, generations: int) -> torch.Tensor:
     """Return generations of the ring as the run's ensemble computes them, one a row, from one living cell."""
-    from ntk_ensembles import Ensemble, rollout
+    from ntk_ensembles import Ensemble
+    from ntk_ensembles.theory import rollout
 
     ensemble = Ensemble.load(run)
     start = ensemble.task.layout.pack({"ring": 1 << (ensemble.task.layout.bits - 1)})

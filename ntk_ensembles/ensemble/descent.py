@@ -394,7 +394,11 @@ def inverse_kernel_of(inputs: Float[Tensor, "inputs in_features"]) -> InverseKer
     Raises:
         ValueError: Θ(X, X) is singular: a zero row, or parallel rows.
     """
-    return InverseKernel.for_one_hot(len(inputs)) if is_one_hot(inputs) else InverseKernel.from_inputs(inputs.double().cpu())
+    return (
+        InverseKernel.for_one_hot(len(inputs))
+        if is_one_hot(inputs)
+        else InverseKernel.from_inputs(inputs.double().cpu())
+    )
 
 
 def _digest(inputs: Tensor, targets: Tensor) -> str:

@@ -32,9 +32,10 @@ _UNITS_AT_ONCE = 1024
 _UNITS_TRANSPOSED = 128
 """Hidden units whose input weights are transposed together, to be added up by columns."""
 
+_FEW_INPUTS = 64
+"""Inputs for which calls cost more than arithmetic, so that slices are larger."""
+
 _STATES_AT_ONCE = 1024
-_SUMS_AT_ONCE = 1 << 17
-"""Pre-activations that stay in a core's cache until they are multiplied with W2."""
 
 _SPARSE_SHARE = 0.25
 """Inputs with at most this share of nonzeros are multiplied as sums of columns of W1."""
@@ -251,7 +252,8 @@ class _SparseInputs:
         totals = hidden.new_zeros(self._count, len(readout))
         by_column = hidden.mT
         stored_by_column = by_column.is_contiguous()
-        units = max(_SUMS_AT_ONCE // max(self._count, 1), _UNITS_TRANSPOSED) if stored_by_column else _UNITS_TRANSPOSED
+        # The same slices whatever the layout, so that the numbers are the same to the bit.
+        units = _UNITS_AT_ONCE if self._count <= _FEW_INPUTS else _UNITS_TRANSPOSED
         for start in range(0, width, units):
             columns = by_column[:, start : start + units]
             sums = functional.embedding_bag(

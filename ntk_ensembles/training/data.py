@@ -114,7 +114,9 @@ class TaskData(LightningDataModule):
         return evaluation_batches(self.limit)
 
 
-def template_batch(labels: Bool[Tensor, "templates bits"]) -> DataLoader[tuple[Tensor, ...]]:
+def template_batch(
+    labels: Bool[Tensor, "templates bits"] | Float[Tensor, "templates bits"],
+) -> DataLoader[tuple[Tensor, ...]]:
     """Return the training data of templates, X = I_k and Y, as one batch."""
     dtype = torch.get_default_dtype()
     data = TensorDataset(torch.eye(len(labels), dtype=dtype), labels.to(dtype))

@@ -47,7 +47,7 @@ def test_other_states_give_what_a_run_on_them_gives(
     assert evaluate(capsys, str(copy), *other, "--out", str(tmp_path / "out.json"))["convergence"] == expected
     assert json.loads((tmp_path / "out.json").read_text())["convergence"] == expected
     assert main(["evaluate", str(copy), *other]) == 0
-    assert "6 members have no kept weights and are retrained" in capsys.readouterr().out
+    assert "6 members have no kept weights and are trained again" in capsys.readouterr().out
 
 
 def test_one_decoder(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ BAD = {
     "bits": (["--task", "addition", "--bits", "0"], "--bits 0: expected an integer from 1 to"),
     "not a number": (["--task", "addition", "--bits", "many"], "bits"),
     "cells": (["--task", "sbn", "--cells", "12"], "--cells 12: expected a power of two"),
-    "word": (["--task", "sbn", "--word-bits", "99"], "--word 99: expected an integer from 2 to 16"),
+    "word": (["--task", "sbn", "--word-bits", "99"], "--word-bits 99: expected an integer from 2 to 16"),
     "odd width": (["--task", "addition", "--width", "9", "--init", "antisymmetric"], "--width 9: expected an even"),
     "width": (["--task", "addition", "--width", "0"], "--width 0: expected an integer from 1 to"),
     "ensemble": (["--task", "addition", "--ensemble", "0"], "--ensemble 0: expected an integer from 1 to"),
@@ -183,7 +183,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     running.send_signal(signal.SIGINT)
     _, complaint = running.communicate(timeout=120)
     assert running.returncode == 130, complaint
-    assert re.search(r"interrupted; \d+ of 9999 members are finished and kept. Go on with --resume ", complaint)
+    assert re.search(r"interrupted; \d+ of 9999 members are finished and kept. Resume with --resume ", complaint)
     for shard in out.glob("checkpoints/*"):
         assert load_file(shard)["converged"].all()
 
@@ -191,7 +191,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_command(["--task", "addition", "--accelerator", "gpu"]) == 2
-    assert "--accelerator gpu: PyTorch sees no GPU here; expected auto or cpu" in capsys.readouterr().err
+    assert "--accelerator gpu: expected auto or cpu, as PyTorch sees no GPU here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
