@@ -74,8 +74,8 @@ def test_help_has_dashes_defaults_and_the_text_of_bases(capsys: pytest.CaptureFi
     assert stop.value.code == 0
     text = capsys.readouterr().out
     words = " ".join(text.split())
-    assert "--evaluation-states EVALUATION_STATES Distinct states of true trajectories" in words
-    assert "(type: int, default: 1000)" in words
+    assert "--evaluation-states INT Distinct states of true trajectories" in words
+    assert "(default: 1000)" in words
     assert "A rate, in 100% of cases." in words
     assert "--engine {general,fast}" in words
     assert "--evaluation_states" not in text
