@@ -20,6 +20,7 @@ from ntk_ensembles.theory.decoding import (
     thresholds,
 )
 from ntk_ensembles.theory.empirical import empirical_ntk, linearise
+from ntk_ensembles.theory.finite_width import FiniteWidth, VarianceEstimate
 from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
 from ntk_ensembles.theory.predictor import KERNELS, Gaussian, Kernel, Posterior, TemplatePredictor, posterior
 
@@ -31,11 +32,13 @@ __all__ = [
     "Critical",
     "Decoder",
     "ExactMatchBand",
+    "FiniteWidth",
     "Gaussian",
     "InverseKernel",
     "Kernel",
     "Posterior",
     "TemplatePredictor",
+    "VarianceEstimate",
     "bit_error_probability",
     "certify",
     "decode",

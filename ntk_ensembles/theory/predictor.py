@@ -70,6 +70,7 @@ class TemplatePredictor:
         templates: the task's templates, without the padding.
         size: k, the training set's size, with the padding.
         fan_in: F_j, how many templates set bit j.
+        centred: as given.
 
     Raises:
         ValueError: a negative padding.
@@ -79,7 +80,7 @@ class TemplatePredictor:
         if padding < 0:
             raise ValueError(f"padding {padding}: expected at least 0")
         self.templates = templates
-        self._centred = centred
+        self.centred = centred
         self.size = len(templates) + padding
         self.fan_in = templates.fan_in
         matched = torch.arange(self.size + 1, dtype=torch.float64)
@@ -114,7 +115,7 @@ class TemplatePredictor:
         cross_back = contrast_right * excess * overlap + left * excess * base_right + ORTHOGONAL * total_right
         spread = (NNGP_DIAGONAL - ORTHOGONAL) * weights + ORTHOGONAL * total * total_right
         covariance = (prior + spread - (cross + cross_back)) / self.size
-        if self._centred:
+        if self.centred:
             return torch.zeros_like(covariance)
         # A single matched template is a training point, which every member interpolates; and a network
         # without biases is constantly 0 at the zero input.
