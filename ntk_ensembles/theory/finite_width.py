@@ -25,7 +25,7 @@ _GAP = NTK_DIAGONAL - ORTHOGONAL
 _ITERATIONS = 100
 """Enough for the corrected labels wherever the expansion means anything; each one gains a factor √(k/n) or better."""
 
-_UNITS_AT_ONCE = 2048
+_UNITS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class FiniteWidth:
         return bias.where(matched[:, None] > 1, 0.0)
 
     def variance(
-        self, matches: Bool[Tensor, "states templates"], *, generator: torch.Generator, units: int = 8192
+        self, matches: Bool[Tensor, "states templates"], *, generator: torch.Generator, units: int = 1024
     ) -> VarianceEstimate:
         """Estimate the variance of one member's outputs at this width.
 
@@ -136,7 +136,7 @@ class FiniteWidth:
         Args:
             matches: Which templates match each state, as from `TemplateSet.matches`, shape (states, templates).
             generator: A CPU generator; all randomness comes from it.
-            units: How many units to draw, at least 2; 8,192 by default.
+            units: How many units to draw, at least 2; 1,024 by default.
 
         Returns:
             Variance and its standard error, shape (states, bits), in squared units of the labels; both 0 where at

@@ -265,7 +265,7 @@ def test_trained_ensembles(antisymmetric: bool) -> None:
     assert -neglected - 4 * error < share - 1 < 4 * error
     left, error = share_of_bias(*train(corrected.labels, width, members, antisymmetric, x))
     assert abs(left) < neglected + 4 * error
-    estimate = theory.variance(matches, generator=torch.Generator().manual_seed(9))
+    estimate = theory.variance(matches, generator=torch.Generator().manual_seed(9), units=8192)
     ratio = float(outputs.var(0).mean() / estimate.variance.mean())
     # Squares of 512 members at 9 bits, and the next order.
     assert abs(ratio - 1) < 0.08
