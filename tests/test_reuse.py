@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ntk_ensembles import SBN, Addition, Ensemble, EvaluationSet, Permutation, RunOptions, TwoLayerMLP, train
 from ntk_ensembles.tasks import Program
-from ntk_ensembles.theory.executor import NTKExecutor
+from ntk_ensembles.theory.executor import NTKExecutor, rollout
 from ntk_ensembles.training import Run, StoreError
 from ntk_ensembles.training.merge import merge
 from ntk_ensembles.training.store import RunStore
@@ -106,24 +106,24 @@ def test_a_step_tells_margins_and_agreement(added: Path) -> None:
     evaluation = EvaluationSet.sample(task, 100, 5)
     zero = torch.zeros(1, task.layout.bits, dtype=torch.bool)
     step = ensemble.step(torch.cat([evaluation.states, zero]))
-    assert torch.equal(step.states[:-1], evaluation.next_states)
+    assert torch.equal(step.batch[:-1], evaluation.next_states)
     assert step.agreed.all()
     assert step.margins[-1] == torch.inf
     # The limit's margins, give or take the spread of eight members of width 600.
-    limit = NTKExecutor(task.templates).step(evaluation.states)
+    limit = rollout(NTKExecutor(task.templates), evaluation.states, 1)
     assert (step.margins > 0).all()
     some = limit.margins.isfinite()
     assert torch.equal(step.margins[:-1].isfinite(), some)
     assert float((step.margins[:-1] - limit.margins)[some].abs().max()) < 0.1
     one = Ensemble.load(added, members=1).step(evaluation.states, "sign")
-    wrong = (one.states != evaluation.next_states).any(1)
+    wrong = (one.batch != evaluation.next_states).any(1)
     assert wrong.any()
     assert torch.equal(one.agreed, ~wrong)
     assert torch.equal(one.margins < 0, wrong)
 
 
 def test_it_permutes(tmp_path: Path) -> None:
-    task = Permutation.of([2, 0, 1, 4, 3])
+    task = Permutation(5, permutation=[2, 0, 1, 4, 3])
     train(task, dataclasses.replace(OPTIONS, out=str(tmp_path / "run")), QUIET)
     words = list(range(32))
     assert Ensemble.load(tmp_path / "run").execute(words) == [task.reference(word) for word in words]
@@ -160,7 +160,7 @@ def test_a_states_prediction_does_not_depend_on_the_others(added: Path) -> None:
     # Products of other shapes add up 600 float32 terms in another order.
     torch.testing.assert_close(ensemble.predict(states), alone, rtol=0, atol=1e-6)
     assert ensemble.predict(states[:0]).shape == (0, states.shape[1])
-    assert ensemble.run(states[:0], 3).states.shape == (0, states.shape[1])
+    assert ensemble.rollout(states[:0], 3).states.shape == (0, states.shape[1])
 
 
 def test_what_does_not_fit_the_task_is_refused(added: Path) -> None:
@@ -170,7 +170,7 @@ def test_what_does_not_fit_the_task_is_refused(added: Path) -> None:
     with pytest.raises(ValueError, match="does not fit 3 bits"):
         ensemble.execute([(1, 2), (8, 0)])
     with pytest.raises(ValueError, match="expected at least 0"):
-        ensemble.run(states_of(Addition(3)), -1)
+        ensemble.rollout(states_of(Addition(3)), -1)
 
 
 def test_a_run_of_a_cpu_can_be_used_where_there_is_a_gpu(added: Path, monkeypatch: pytest.MonkeyPatch) -> None:
