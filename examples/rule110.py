@@ -87,7 +87,7 @@ class Rule110(Task[tuple[int, int], int]):
     # training, so a wrong template is found at once. Bit 0 is the leftmost cell, so left neighbours come
     # from a shift up.
     def reference(self, task_input: tuple[int, int]) -> int:
-        """Return the last generation: a cell lives if it differs from its right neighbour, or lives and its left not."""
+        """Return the last generation: a cell lives if it differs from its right neighbour, or lives its left not."""
         full = (1 << self.cells) - 1
         ring, generations = task_input
         for _ in range(generations):

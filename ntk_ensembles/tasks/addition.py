@@ -10,8 +10,8 @@ from typing import Any
 from ntk_ensembles.errors import check_range
 from ntk_ensembles.tasks.base import (
     LISTED_INPUTS,
+    AllNumbers,
     Number,
-    Pairs,
     Task,
     alternating_bits,
     random_operand,
@@ -76,7 +76,7 @@ class Addition(Task[tuple[Number, Number], Number]):
 
     def all_inputs(self) -> Iterable[tuple[int, int]] | None:
         """Return all pairs, those with one second summand together; None if they are more than `LISTED_INPUTS`."""
-        return Pairs(1 << self.bits) if 1 << 2 * self.bits <= LISTED_INPUTS else None
+        return AllNumbers(self.bits, 2) if 1 << 2 * self.bits <= LISTED_INPUTS else None
 
     def initial_fields(self, task_input: tuple[Number, Number]) -> dict[str, Any]:
         """Put the summands into p and q."""

@@ -212,22 +212,37 @@ def structured_first(
         yield draw()
 
 
-class Pairs:
-    """All pairs of numbers below ``size``; the first of a pair varies fastest.
+class AllNumbers(Sequence[Any]):
+    """All numbers of some bits, or all tuples of them; the first of a tuple varies fastest.
 
     Args:
-        size: Number of values of each of the two.
+        bits: Number of bits of each.
+        operands: Number of numbers in a tuple; with 1 the inputs are the numbers themselves.
+        positions: Positions in the whole sequence that this part of it has; by default all.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, bits: int, operands: int = 1, positions: range | None = None) -> None:
+        self._bits, self._operands = bits, operands
+        self._positions = range(1 << bits * operands) if positions is None else positions
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
-        return self._size**2
+        """Return the number of inputs."""
+        return len(self._positions)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((first, second) for second in range(self._size) for first in range(self._size))
+    def __getitem__(self, index: Any) -> Any:
+        """Return an input, or a part of the sequence."""
+        if isinstance(index, slice):
+            return AllNumbers(self._bits, self._operands, self._positions[index])
+        return self._inputs(self._positions[index])
+
+    def arrays(self) -> Any:
+        """Return all inputs at once, with an array in place of every integer."""
+        return self._inputs(np.arange(self._positions.start, self._positions.stop, dtype=np.int64))
+
+    def _inputs(self, positions: Number) -> Any:
+        mask = (1 << self._bits) - 1
+        numbers = tuple(positions >> self._bits * operand & mask for operand in range(self._operands))
+        return numbers if self._operands > 1 else numbers[0]
 
 
 def alternating_bits(bits: int) -> tuple[int, int]:

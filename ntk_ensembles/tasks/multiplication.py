@@ -10,8 +10,8 @@ from typing import Any
 from ntk_ensembles.errors import check_range
 from ntk_ensembles.tasks.base import (
     LISTED_INPUTS,
+    AllNumbers,
     Number,
-    Pairs,
     Task,
     alternating_bits,
     random_operand,
@@ -129,7 +129,7 @@ class Multiplication(Task[tuple[Number, Number], Number]):
 
         Those with one multiplier, which take about equally long, come together.
         """
-        return Pairs(1 << self.bits) if 1 << 2 * self.bits <= LISTED_INPUTS else None
+        return AllNumbers(self.bits, 2) if 1 << 2 * self.bits <= LISTED_INPUTS else None
 
     def initial_fields(self, task_input: tuple[Number, Number]) -> dict[str, Any]:
         """Put the factors into a and b, and begin with a check."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ntk_ensembles.errors import OptionError, check_range
-from ntk_ensembles.tasks.base import LISTED_INPUTS, Number, Task, alternating_bits, structured_first
+from ntk_ensembles.tasks.base import LISTED_INPUTS, AllNumbers, Number, Task, alternating_bits, structured_first
 from ntk_ensembles.templates import StateLayout, Template
 
 
@@ -83,7 +83,7 @@ class Permutation(Task[Number, Number]):
 
     def _every_input(self) -> Iterable[int]:
         if self.ones is None:
-            return range(1 << self.bits)
+            return AllNumbers(self.bits)
         return (sum(1 << i for i in chosen) for chosen in itertools.combinations(range(self.bits), self.ones))
 
     def _draw(self, generator: random.Random) -> int:

@@ -162,15 +162,20 @@ class BitGroup:
 
 @dataclass(frozen=True)
 class PlaneCounts:
-    """What templates do in a batch of states, in binary digits, the lowest first.
+    """Numbers of matching templates in a batch of states, in binary digits, the lowest first.
 
     Attributes:
-        matched: the digits of s, a row each.
-        setting: for each of `BitPlaneMatcher.groups` the digits of C_j; each has a row a bit of the group.
+        num_matches: Digits of s, a row each.
+        set_counts: For each of `BitPlaneMatcher.groups` the digits of C_j, each with a row for each bit of the group.
     """
 
     num_matches: UInt64[Planes, "digits columns"]
     set_counts: list[list[UInt64[Planes, "_bits columns"]]]
+
+    @functools.cached_property
+    def matches_in_lanes(self) -> NDArray[np.intp]:
+        """The integer s in every lane, as an index; several look-ups share it."""
+        return to_integers(self.num_matches).astype(np.intp)
 
 
 class BitPlaneMatcher:

@@ -1,22 +1,22 @@
-"""What a decoder can promise before any training: exactness, margins and members for all states (DESIGN §3).
+"""What a decoder promises before any training: exactness, margins and members for all states (docs/theory.md, section 9).
 
-A prediction depends on a state and bit only through (s, C_j, F_j), so the states that matter are extremes:
-for each bit and each C_j the most and the fewest templates that can match. `certify` finds the worst of
+A prediction depends on a state and bit only through (s, C_j, F_j), so the states that matter are those at the bounds:
+for each bit and each C_j the largest and the smallest number of templates that can match. `certify` finds the worst of
 them exactly, with a state that attains it; from its margin follow the members that suffice.
 
-It speaks of infinitely wide members trained to convergence. Their number is finite where a number of
-members is given, their width never: a finite width n shifts the mean by O(√(k/n)) (docs/theory.md, section 10),
-which is not covered.
+Certificates are about infinitely wide members trained to convergence. Their number is finite where a number of members
+is given, their width never: a finite width n shifts the mean by O(√(k/n)) (docs/theory.md, section 10), which is not
+covered.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
-import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,15 +26,15 @@ from torch import Tensor
 
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.tasks import EvaluationSet, Task
-from ntk_ensembles.templates.bounds import Bound, MatchBounds, exclusive_bits
+from ntk_ensembles.tasks.evaluation import checked_inputs
+from ntk_ensembles.templates import Bound, MatchBounds, exclusive_bits
 from ntk_ensembles.theory.decoding import (
     DECODERS,
     TIE,
     Decoder,
-    decode,
+    decode_mean,
     log_exact_match_probability,
-    margins,
-    thresholds,
+    margin_table,
 )
 from ntk_ensembles.theory.kernels import NTK_DIAGONAL, ORTHOGONAL, ntk_profile
 from ntk_ensembles.theory.predictor import TemplatePredictor
@@ -45,22 +45,23 @@ _ROUNDING = 1e-13
 _COVERS = (
     "This covers the mean of infinitely wide members trained to convergence, and, where members are counted, the "
     "Gaussian spread of infinitely wide members around it. It does not cover what a finite width adds (a shift of the "
-    "mean of order 1/width), members that have not converged, or rounding: train.py measures those."
+    "mean of order √(templates/width)), members that have not converged, or rounding: train.py measures those."
 )
 _INPUTS_SEEN = 1000
+"""Number of inputs that show in which bits trajectories begin."""
 
 
 @dataclass(frozen=True)
 class WorstCase:
-    """A state and one of its bits.
+    """The state and bit with the smallest margin.
 
     Attributes:
-        margin: of the infinite ensemble there; negative where it decodes the bit wrongly.
-        bit: its position.
-        num_matches: s, how many templates match the state.
-        set_count: C_j, how many of these set the bit.
-        fan_in: F_j, how many templates set the bit at all.
-        state: the state.
+        margin: Margin of the infinite ensemble there; negative where it decodes the bit wrongly.
+        bit: Position of the bit.
+        num_matches: Number of templates s that match the state.
+        set_count: Number C_j of these that set the bit.
+        fan_in: Number F_j of templates that set the bit at all.
+        state: The state.
     """
 
     margin: float
@@ -76,18 +77,19 @@ class Certificate:
     """What one decoder promises for a set of states.
 
     Attributes:
-        decoder: which.
-        num_matches: the most templates that match one of the states.
-        ones: where a bit that must be decoded 1 has the smallest margin; None if no template sets any bit.
-        zeros: where a bit that must be decoded 0 has; None if every state sets every bit.
-        proven: whether the two are the worst there are; a search that ran out of time leaves it open.
-        score: no margin is smaller than so many standard deviations of one member; 0 where the decoder fails or
-            where a margin is a tie (`TIE`).
-        bits: m.
+        decoder: The decoder.
+        max_matches: Largest number of templates that match one of the states.
+        ones: The state and bit with the smallest margin among bits whose correct value is 1; None if no template sets
+            any bit.
+        zeros: The same among bits whose correct value is 0; None if every state sets every bit.
+        proven: Whether the two are the worst there are; a search that ran out of time leaves it open.
+        score: Lower bound on margin/σ over all states and bits, where σ is one member's standard deviation; 0 if the
+            decoder fails or ties (`TIE`) anywhere.
+        bits: Number of bits m of a state.
     """
 
     decoder: Decoder
-    num_matches: Bound
+    max_matches: Bound
     ones: WorstCase | None
     zeros: WorstCase | None
     proven: bool
@@ -96,8 +98,8 @@ class Certificate:
 
     @property
     def margin(self) -> float:
-        """The smallest margin found, over bits of either kind."""
-        return min((critical.margin for critical in (self.ones, self.zeros) if critical), default=math.inf)
+        """Smallest margin found, over bits of either kind."""
+        return min((worst.margin for worst in (self.ones, self.zeros) if worst), default=math.inf)
 
     @property
     def exact(self) -> bool | None:
@@ -108,23 +110,23 @@ class Certificate:
 
     @property
     def tie(self) -> bool:
-        """Whether a finite ensemble decodes some bit by a coin: its infinite mean stands on the threshold."""
+        """Whether a finite ensemble decodes some bit at random: its infinite mean lies on the threshold."""
         return abs(self.margin) <= TIE or (self.zeros is not None and abs(self.zeros.margin) <= TIE)
 
     def members(self, delta: float, log_states: float = 0.0) -> int | None:
-        """Members that suffice for so many states to be all right with probability at least 1 − δ.
+        """Return the number of members that suffice for states to be all right with probability at least 1 − δ.
 
         Union bound over the states' bits, each with the worst score: exp(log_states)·m·Φ(−score·√N) ≤ δ.
 
         Args:
-            delta: δ, between 0 and 1.
-            log_states: natural logarithm of the number of states; 0 for any one given state.
+            delta: Chance δ of any wrong bit, between 0 and 1.
+            log_states: Natural logarithm of the number of states; 0 for any one given state.
 
         Returns:
             The smallest such N; None where no number suffices (`score` is 0).
 
         Raises:
-            ValueError: δ outside its range.
+            OptionError: δ is outside its range.
         """
         if not 0 < delta < 1:
             raise OptionError("delta", delta, "a number between 0 and 1")
@@ -140,144 +142,146 @@ class Certificate:
         return found
 
 
-def certify(predictor: TemplatePredictor, extremes: MatchBounds, decoder: Decoder) -> Certificate:
-    """The worst margins of a decoder over a set of states, with states that attain them.
+def certify(predictor: TemplatePredictor, bounds: MatchBounds, decoder: Decoder) -> Certificate:
+    """Find the worst margins of a decoder over a set of states, with states that attain them.
 
-    Branch and bound over (bit, C_j): each has a range of s, at first that of all states; the pair whose range
-    allows the smallest margin has its range made exact, until the smallest is attained.
+    Branch and bound over (bit, C_j): each has a range of s, at first that of all states. The one whose range allows the
+    smallest margin has its range made exact, until the smallest margin is attained.
 
     Args:
-        predictor: the theory, padding included.
-        extremes: of the same templates, over the states in question.
-        decoder: one of `DECODERS`.
+        predictor: Theory, padding included.
+        bounds: Bounds of the same templates, over the states in question.
+        decoder: One of `DECODERS`.
 
     Raises:
-        ValueError: an unknown decoder.
+        ValueError: The decoder is unknown.
+        RuntimeError: The solver failed.
     """
-    most, fewest = extremes.max_matches(), extremes.min_matches()
+    most, fewest = bounds.max_matches(), bounds.min_matches()
     assert most is not None
+    bits = predictor.templates.layout.bits
     if fewest is None:
         # Nothing ever matches: every next state is zero, and decoded so with certainty.
-        return Certificate(decoder, most, None, None, True, math.inf, predictor.templates.layout.bits)
-    search = _Search(predictor, decoder, most.bound)
-    for extreme in (most, fewest):
-        search.note(extreme.state)
-    pairs = [_Pair(kind, column, fewest.bound, most.bound) for column, kind in enumerate(search.kinds)]
-    ones, ones_proven = search.worst([pair for pair in pairs if pair.kind.set_count], extremes, True)
-    zeros, zeros_proven = search.worst([pair for pair in pairs if not pair.kind.set_count], extremes, False)
-    return Certificate(
-        decoder,
-        most,
-        ones,
-        zeros,
-        ones_proven and zeros_proven,
-        search.score(pairs),
-        predictor.templates.layout.bits,
-    )
+        return Certificate(decoder, most, None, None, True, math.inf, bits)
+    search = _Search(predictor, decoder, bounds, (fewest, most))
+    ones, ones_proven = search.smallest_margin(ones=True)
+    zeros, zeros_proven = search.smallest_margin(ones=False)
+    return Certificate(decoder, most, ones, zeros, ones_proven and zeros_proven, search.score(), bits)
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a prediction depends on besides s."""
+class _Range:
+    """A bit and a C_j with the range of s that is still possible there.
+
+    Attributes:
+        bit: Position of the bit.
+        set_count: C_j.
+        low: Smallest s.
+        high: Largest s.
+        estimated: Whether ``high`` takes the quick estimate into account.
+        low_attained: Number of matches of the state found for ``low``; None before the search.
+        high_attained: The same for ``high``.
+    """
 
     bit: int
     set_count: int
-
-
-@dataclass
-class _Pair:
-    """A bit and a C_j with the range of s still possible there; empty where no state has them."""
-
-    kind: _Kind
-    column: int
     low: int
     high: int
-    attained: dict[str, int] = field(default_factory=dict)
-    bounded: bool = False
-    """Whether the quick upper bound has been tried."""
+    estimated: bool = False
+    low_attained: int | None = None
+    high_attained: int | None = None
 
 
 class _Search:
     """The margins for every s and every (bit, C_j), and the worst ones attained so far."""
 
-    def __init__(self, predictor: TemplatePredictor, decoder: Decoder, most: int) -> None:
-        self._predictor, self._decoder = predictor, decoder
-        fan_in = predictor.fan_in.tolist()
+    def __init__(
+        self, predictor: TemplatePredictor, decoder: Decoder, bounds: MatchBounds, extent: tuple[Bound, Bound]
+    ) -> None:
+        self._predictor, self._decoder, self._bounds = predictor, decoder, bounds
+        low, high = (bound.bound for bound in extent)
         # Between C_j = 1 and F_j every count is possible, as far as is known here.
-        self.kinds = [_Kind(bit, c) for bit, total in enumerate(fan_in) for c in range(min(total, most) + 1)]
-        bits = torch.tensor([kind.bit for kind in self.kinds])
-        num_matches = torch.arange(most + 1)
-        set_count = torch.tensor([kind.set_count for kind in self.kinds])
-        mean = predictor.mean(num_matches, set_count.expand(len(num_matches), -1), predictor.fan_in[bits])
-        levels = thresholds(decoder, predictor, num_matches)[:, bits]
-        self._margins: Float64[Tensor, "num_matches kinds"] = margins(mean, levels, (set_count > 0).expand_as(mean))
-        # s < C_j cannot be.
-        self._margins[num_matches[:, None] < set_count] = math.inf
-        self._deviations = predictor.variance(num_matches).sqrt()
+        self._ranges = {
+            column: _Range(bit, set_count, low, high)
+            for column, (bit, set_count) in enumerate(
+                (bit, c) for bit, fan_in in enumerate(predictor.fan_in.tolist()) for c in range(min(fan_in, high) + 1)
+            )
+        }
+        set_counts = torch.tensor([one.set_count for one in self._ranges.values()])
+        fan_in = predictor.fan_in[torch.tensor([one.bit for one in self._ranges.values()])]
+        self._margins: Float64[Tensor, "s columns"] = margin_table(predictor, decoder, high, set_counts, fan_in).margins
+        self._deviations = predictor.variance(torch.arange(high + 1)).sqrt()
         self._best: dict[bool, WorstCase] = {}
+        for bound in extent:
+            self._evaluate_state(bound.state)
 
-    def note(self, state: Bool[Tensor, " bits"]) -> None:
-        """Take up the margins of one state."""
+    def _evaluate_state(self, state: Bool[Tensor, " bits"]) -> None:
+        """Take the margins of one state into account."""
         predictor = self._predictor
         matches = predictor.templates.matches(state[None])
-        counts, num_matches = predictor.templates.set_counts(matches), matches.sum(1)
+        set_counts, num_matches = predictor.templates.set_counts(matches), matches.sum(1)
         if num_matches == 0:
             return
-        mean = predictor.mean(num_matches, counts, predictor.fan_in)
-        row = margins(mean, thresholds(self._decoder, predictor, num_matches), counts > 0)[0]
+        mean = predictor.mean(num_matches, set_counts, predictor.fan_in)
+        row = decode_mean(mean, self._decoder, predictor, num_matches, set_counts > 0)[1][0]
         for ones in (True, False):
-            candidates = torch.nonzero((counts[0] > 0) == ones).flatten()
+            candidates = torch.nonzero((set_counts[0] > 0) == ones).flatten()
             if not len(candidates):
                 continue
             bit = int(candidates[row[candidates].argmin()])
             if ones not in self._best or row[bit] < self._best[ones].margin:
                 self._best[ones] = WorstCase(
-                    float(row[bit]), bit, int(num_matches), int(counts[0, bit]), int(predictor.fan_in[bit]), state
+                    float(row[bit]), bit, int(num_matches), int(set_counts[0, bit]), int(predictor.fan_in[bit]), state
                 )
 
-    def worst(self, pairs: list[_Pair], extremes: MatchBounds, ones: bool) -> tuple[WorstCase | None, bool]:
-        """The smallest margin over these pairs, and whether it is proven to be."""
-        open_pairs = [(self._lowest(pair), pair) for pair in pairs]
-        while open_pairs:
-            position = min(range(len(open_pairs)), key=lambda i: open_pairs[i][0][0])
-            (lower, at), pair = open_pairs[position]
+    def smallest_margin(self, *, ones: bool) -> tuple[WorstCase | None, bool]:
+        """Return the smallest margin of 1-bits or of 0-bits, and whether it is proven to be."""
+        heap = [(*self._lowest(c, one), c) for c, one in self._ranges.items() if ones == (one.set_count > 0)]
+        heapq.heapify(heap)
+        while heap:
+            lower, at, column = heapq.heappop(heap)
             best = self._best.get(ones)
             if best is not None and lower >= best.margin - _ROUNDING:
                 return best, True
-            end = "high" if at == pair.high else "low"
-            if end in pair.attained:
+            at, one = -at, self._ranges[column]
+            attained = one.high_attained if at == one.high else one.low_attained
+            if attained is not None:
                 # Exact at this end, or out of time there.
-                return best, pair.attained[end] == at
-            kind = pair.kind
-            if end == "high" and not pair.bounded:
-                pair.bounded = True
-                pair.high = min(pair.high, extremes.max_matches_estimate(kind.bit, kind.set_count))
-            else:
-                extreme = (extremes.max_matches if end == "high" else extremes.min_matches)(kind.bit, kind.set_count)
-                if extreme is None:
-                    pair.low, pair.high = 1, 0
-                else:
-                    self.note(extreme.state)
-                    setattr(pair, end, extreme.bound)
-                    pair.attained[end] = extreme.attained
-            if pair.low <= pair.high:
-                open_pairs[position] = (self._lowest(pair), pair)
-            else:
+                return best, attained == at
+            tighter = self._tighten(one, at)
+            if tighter is None or tighter.low > tighter.high:
                 # No such state but, perhaps, one that nothing matches.
-                del open_pairs[position]
+                del self._ranges[column]
+            else:
+                self._ranges[column] = tighter
+                heapq.heappush(heap, (*self._lowest(column, tighter), column))
         return self._best.get(ones), True
 
-    def _lowest(self, pair: _Pair) -> tuple[float, int]:
-        """The smallest margin in the pair's range, and the s of it; of equal ones the largest s."""
-        column = self._margins[pair.low : pair.high + 1, pair.column]
-        lowest = column.min()
-        return float(lowest), pair.low + int(torch.nonzero(column == lowest).max())
+    def _tighten(self, one: _Range, at: int) -> _Range | None:
+        """Return a range with a better bound at one of its ends; None if no state is in it."""
+        bit, set_count = one.bit, one.set_count
+        if at == one.high and not one.estimated:
+            estimate = self._bounds.max_matches_estimate(bit, set_count)
+            return replace(one, high=min(one.high, estimate), estimated=True)
+        bound = (self._bounds.max_matches if at == one.high else self._bounds.min_matches)(bit, set_count)
+        if bound is None:
+            return None
+        self._evaluate_state(bound.state)
+        if at == one.high:
+            return replace(one, high=bound.bound, high_attained=bound.attained)
+        return replace(one, low=bound.bound, low_attained=bound.attained)
 
-    def score(self, pairs: Iterable[_Pair]) -> float:
-        """The smallest margin in standard deviations over all pairs' ranges; 0 at failures and ties."""
+    def _lowest(self, column: int, one: _Range) -> tuple[float, int]:
+        """Return the smallest margin in a range, and the negative of its s; of equal ones the largest s."""
+        margins = self._margins[one.low : one.high + 1, column]
+        lowest = margins.min()
+        return float(lowest), -(one.low + int(torch.nonzero(margins == lowest).max()))
+
+    def score(self) -> float:
+        """Return the smallest margin in standard deviations over all ranges; 0 at failures and ties."""
         allowed = torch.zeros_like(self._margins, dtype=torch.bool)
-        for pair in pairs:
-            allowed[pair.low : pair.high + 1, pair.column] = True
+        for column, one in self._ranges.items():
+            allowed[one.low : one.high + 1, column] = True
         scores = (self._margins / self._deviations[:, None]).masked_fill(self._margins <= TIE, 0.0)
         return float(scores[allowed].min()) if allowed.any() else math.inf
 
@@ -289,28 +293,28 @@ def members_for_states(
     next_states: Bool[Tensor, "states bits"],
     delta: float,
 ) -> int | None:
-    """The smallest N for which given states are all decoded right with probability at least 1 − δ.
+    """Return the smallest N for which given states are all decoded right with probability at least 1 − δ.
 
-    Each state's chance of any wrong bit is exact (bits are independent); over states, which share their
-    members, they are added up (union bound).
+    Each state's chance of any wrong bit is exact (bits are independent); over states, which share their members, they
+    are added up (union bound).
 
     Args:
-        predictor: the theory.
-        decoder: one of `DECODERS`.
-        matches: which templates match each state.
-        next_states: the true next states.
-        delta: δ, between 0 and 1.
+        predictor: Theory of the ensemble.
+        decoder: One of `DECODERS`.
+        matches: Templates that match each state.
+        next_states: True next states.
+        delta: Chance δ of any wrong bit, between 0 and 1.
 
     Returns:
-        None where no number suffices: the infinite mean itself decodes a bit wrongly, or stands on its threshold.
+        None where no number suffices: the infinite mean itself decodes a bit wrongly, or lies on its threshold.
     """
     gaussian = predictor.predict(matches)
-    distances = margins(gaussian.mean, thresholds(decoder, predictor, matches.sum(1)), next_states)
-    if float(distances.min()) <= TIE:
+    _, margins = decode_mean(gaussian.mean, decoder, predictor, matches.sum(1), next_states)
+    if float(margins.min()) <= TIE:
         return None
 
     def suffices(members: int) -> bool:
-        failures = -torch.expm1(log_exact_match_probability(distances, gaussian.variance, members))
+        failures = -torch.expm1(log_exact_match_probability(margins, gaussian.variance, members))
         return float(failures.sum()) <= delta
 
     high = 1
@@ -323,57 +327,59 @@ def members_for_states(
     return high
 
 
-def sign_padding(predictor: TemplatePredictor, extremes: MatchBounds) -> int:
-    """Zero-label templates that make the sign rule right on all states in question (the paper's padding).
+def sign_padding(predictor: TemplatePredictor, bounds: MatchBounds) -> int:
+    """Return the number of padding templates that make the sign decoder right on all states in question.
 
-    A 1-bit's mean is w_m·C + w_u·(F − C) = (w_m − w_u)·C + w_u·F. With DESIGN §2's weights it is positive if
-    and only if k > F·(s − (d − c)/(a − c))/C − (d − c)/c, which grows with s. 0-bits have means of at most 0.
+    A 1-bit's mean is w_m·C + w_u·(F − C) = (w_m − w_u)·C + w_u·F. It is positive if and only if
+    k > F·(s − (d − c)/(a − c))/C − (d − c)/c, which grows with s. 0-bits have means of at most 0.
 
     Args:
-        predictor: the theory without padding.
-        extremes: of the same templates, over the states in question.
+        predictor: Theory without padding.
+        bounds: Bounds of the same templates, over the states in question.
 
     Returns:
         The smallest number; an upper bound of it where a search ran out of time.
+
+    Raises:
+        RuntimeError: The solver failed.
     """
-    most = extremes.max_matches()
+    most = bounds.max_matches()
     assert most is not None
     size = len(predictor.templates)
-    bounds = {
-        (bit, set_count): _templates_needed(most.bound, set_count, total)
-        for bit, total in enumerate(predictor.fan_in.tolist())
-        for set_count in range(1, min(total, most.bound) + 1)
+    needed_at_most = {
+        (bit, set_count): _templates_needed(most.bound, set_count, fan_in)
+        for bit, fan_in in enumerate(predictor.fan_in.tolist())
+        for set_count in range(1, min(fan_in, most.bound) + 1)
     }
     needed, critical = 0.0, (0, 0, 0)
-    for (bit, set_count), bound in sorted(bounds.items(), key=lambda item: -item[1]):
-        if bound <= max(needed, size - 1):
+    for (bit, set_count), at_most in sorted(needed_at_most.items(), key=lambda item: -item[1]):
+        if at_most <= max(needed, size - 1):
             break
-        extreme = extremes.max_matches(bit, set_count)
-        if extreme is None:
+        bound = bounds.max_matches(bit, set_count)
+        if bound is None:
             continue
-        exact = _templates_needed(extreme.bound, set_count, int(predictor.fan_in[bit]))
+        exact = _templates_needed(bound.bound, set_count, int(predictor.fan_in[bit]))
         if exact > needed:
-            needed, critical = exact, (bit, set_count, extreme.bound)
+            needed, critical = exact, (bit, set_count, bound.bound)
     bit, set_count, num_matches = critical
     padding = max(0, math.floor(needed) + 1 - size)
-    # Rounding, and a threshold a little above 0: the rule itself has the last word.
+    # Rounding, and a threshold a little above 0: the decoder itself has the last word.
     while num_matches and not _reads_one(TemplatePredictor(predictor.templates, padding), bit, set_count, num_matches):
         padding += 1
     return padding
 
 
 def _templates_needed(num_matches: int, set_count: int, fan_in: int) -> float:
-    """The k above which the mean of a bit with C = ``set_count`` ≥ 1 is positive."""
+    """Return the k above which the mean of a bit with C = ``set_count`` ≥ 1 is positive."""
     gap = NTK_DIAGONAL - ORTHOGONAL
     excess = float(ntk_profile(torch.tensor(num_matches**-0.5, dtype=torch.float64))) - ORTHOGONAL
     return fan_in * (num_matches - gap / excess) / set_count - gap / ORTHOGONAL
 
 
 def _reads_one(predictor: TemplatePredictor, bit: int, set_count: int, num_matches: int) -> bool:
-    """Whether the sign rule decodes a bit with these counts as 1."""
-    state = torch.tensor([num_matches])
-    mean = predictor.mean(state, torch.tensor([[set_count]]), predictor.fan_in[bit : bit + 1])
-    return bool(decode(mean, thresholds("sign", predictor, state)[:, bit : bit + 1]))
+    """Return whether the sign decoder decodes a bit with these counts as 1."""
+    table = margin_table(predictor, "sign", num_matches, torch.tensor([set_count]), predictor.fan_in[bit : bit + 1])
+    return bool(table.decoded[num_matches, 0])
 
 
 def certify_task(
@@ -407,7 +413,7 @@ def certify_task(
         "all_states": MatchBounds(templates),
         "reachable": MatchBounds(templates, exclusive_bits(templates, start)),
     }
-    extremes = {name: scope.max_matches() for name, scope in scopes.items()}
+    largest = {name: scope.max_matches() for name, scope in scopes.items()}
     rows: dict[str, Any] = {}
     for decoder in decoders:
         certificates = {name: certify(predictor, scope, decoder) for name, scope in scopes.items()}
@@ -428,7 +434,7 @@ def certify_task(
         "state_bits": task.layout.bits,
         "delta": delta,
         "matched": {
-            **{name: _describe_extreme(extreme) for name, extreme in extremes.items()},
+            **{name: _describe_bound(bound) for name, bound in largest.items()},
             "sampled": {"states": len(evaluation), "min": int(seen.min()), "max": int(seen.max())},
             "reachable_from": start_names,
         },
@@ -443,10 +449,10 @@ def certify_task(
 
 
 def _start_bits(task: Task[Any, Any], seed: int) -> tuple[Bool[Tensor, " bits"], list[str]]:
-    """In each field the bits between the lowest and the highest that the first inputs set; and their names."""
+    """Return, in each field, the bits between the lowest and the highest that the first inputs set; and their names."""
     used: dict[str, int] = {}
-    for value in itertools.islice(task.inputs(random.Random(seed)), _INPUTS_SEEN):
-        for name, content in task.initial_fields(value).items():
+    for task_input in itertools.islice(checked_inputs(task, seed), _INPUTS_SEEN):
+        for name, content in task.initial_fields(task_input).items():
             used[name] = used.get(name, 0) | content
     start = torch.zeros(task.layout.bits, dtype=torch.bool)
     names = []
@@ -460,9 +466,9 @@ def _start_bits(task: Task[Any, Any], seed: int) -> tuple[Bool[Tensor, " bits"],
     return start, names
 
 
-def _describe_extreme(extreme: Bound | None) -> dict[str, Any]:
-    assert extreme is not None
-    return {"max": extreme.bound, "max_attained": extreme.attained}
+def _describe_bound(bound: Bound | None) -> dict[str, Any]:
+    assert bound is not None
+    return {"max": bound.bound, "max_attained": bound.attained}
 
 
 def _describe(task: Task[Any, Any], certificate: Certificate) -> dict[str, Any]:
@@ -470,23 +476,23 @@ def _describe(task: Task[Any, Any], certificate: Certificate) -> dict[str, Any]:
         "exact": certificate.exact,
         "coin_flips": certificate.tie,
         "margin": certificate.margin if math.isfinite(certificate.margin) else None,
-        "worst_one": _describe_critical(task, certificate.ones),
-        "worst_zero": _describe_critical(task, certificate.zeros),
+        "worst_one": _describe_worst_case(task, certificate.ones),
+        "worst_zero": _describe_worst_case(task, certificate.zeros),
     }
 
 
-def _describe_critical(task: Task[Any, Any], critical: WorstCase | None) -> dict[str, Any] | None:
+def _describe_worst_case(task: Task[Any, Any], worst: WorstCase | None) -> dict[str, Any] | None:
     """A state and bit in words: which bit, what sets it, and the state's fields that are not 0."""
-    if critical is None:
+    if worst is None:
         return None
     templates = task.templates.templates
-    groups = Counter(template.group for template in templates if critical.bit in template.sets)
+    groups = Counter(template.group for template in templates if worst.bit in template.sets)
     return {
-        "margin": critical.margin,
-        "bit": task.layout.bit_name(critical.bit),
-        "matched": critical.num_matches,
-        "set_by": critical.set_count,
-        "fan_in": critical.fan_in,
+        "margin": worst.margin,
+        "bit": task.layout.bit_name(worst.bit),
+        "matched": worst.num_matches,
+        "set_by": worst.set_count,
+        "fan_in": worst.fan_in,
         "groups": dict(groups.most_common()),
-        "state": {name: value for name, value in task.layout.unpack(critical.state).items() if value},
+        "state": {name: value for name, value in task.layout.unpack(worst.state).items() if value},
     }

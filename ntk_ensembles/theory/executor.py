@@ -33,7 +33,6 @@ from ntk_ensembles.templates.matching import (
     above_zero,
     equal,
     pack,
-    to_integers,
     to_mask,
     unpack,
 )
@@ -404,7 +403,6 @@ class NTKExecutor:
         """
         decoded = self.matcher.union(counts)
         disagreed = np.zeros(decoded.shape[1], np.uint64)
-        num_matches = functools.cache(lambda: to_integers(counts.num_matches))
         for group, first, digits in zip(self.matcher.groups, self._table.group_column, counts.set_counts, strict=True):
             columns = range(first, first + group.set_count_max + 1)
             if self._table.always_right(columns):
@@ -416,7 +414,7 @@ class NTKExecutor:
                     continue
                 present = equal(digits, set_count)
                 if not bits.all():
-                    present = present & np.packbits(bits[num_matches()], bitorder="little").view(np.uint64)
+                    present = present & np.packbits(bits[counts.matches_in_lanes], bitorder="little").view(np.uint64)
                 ones |= present
             disagreed |= np.bitwise_or.reduce(decoded[group.bits] ^ ones, axis=0)
             decoded[group.bits] = ones
@@ -446,7 +444,7 @@ class NTKExecutor:
         """Fill in mean and variance."""
         count = len(states)
         counts = self.matcher.match_and_count(pack(states))
-        num_matches = to_integers(counts.num_matches)[:count].astype(np.intp)
+        num_matches = counts.matches_in_lanes[:count]
         variance[:] = self._table.variances[num_matches]
         for group, first, digits in zip(self.matcher.groups, self._table.group_column, counts.set_counts, strict=True):
             # C_j is small, so one look-up by s for each of its values serves all bits of the group.
@@ -517,7 +515,7 @@ class _MarginLookup:
         self._classes = [(members[key], margins[key]) for key in members if (margins[key] < self._base).any()]
 
     def __call__(self, counts: PlaneCounts) -> Float64[NDArray[np.float64], " lanes"]:
-        num_matches = to_integers(counts.num_matches)
+        num_matches = counts.matches_in_lanes
         smallest: NDArray[np.float64] = self._base.take(num_matches, mode="clip")
         for members, margins in self._classes:
             present = functools.reduce(operator.or_, (_any_equal(counts, *member) for member in members))

@@ -43,7 +43,7 @@ class FiniteWidth:
     """The bias of the mean and the variance that members of a finite width have beside the limit.
 
     Args:
-        predictor: The infinite-width theory of the templates: padding included, ``centred`` for members of
+        predictor: The infinite-width theory of the templates: padding included, ``antisymmetric`` for members of
             antisymmetric initialisation.
         width: n, the number of hidden units, at least 1.
         corrected: Whether members are trained on the labels less their shift (docs/theory.md, equation

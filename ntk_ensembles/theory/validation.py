@@ -11,9 +11,9 @@ import math
 import operator
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntk_ensembles.tasks import SBN, MachineState, Task, TaskError
-from ntk_ensembles.tasks.base import user_code
+from ntk_ensembles.tasks.base import AllNumbers, user_code
 from ntk_ensembles.tasks.evaluation import describe_fault, is_right, num_micro_steps
 from ntk_ensembles.templates import TemplateSet
 from ntk_ensembles.templates.matching import (
@@ -338,14 +338,12 @@ def validate_task(
         TaskError: The task's code fails, or does not mean the same on arrays and on integers.
     """
     started_at = time.monotonic()
-    iterator, seen = iter(inputs), 0
     expected = operator.length_hint(inputs)
-    first = list(itertools.islice(iterator, 1))
-    limit = num_micro_steps(task, first[0]) if first else 0
+    limit = max((num_micro_steps(task, first) for first in itertools.islice(inputs, 1)), default=0) if expected else 0
     distinct = DistinctCount(min(expected * limit + 2, CAPACITY) if expected else CAPACITY)
     checker = _Checker(executors, distinct, until_rest=True)
-    iterator = itertools.chain(first, iterator)
-    while chunk := list(itertools.islice(iterator, checker.states_at_once)):
+    seen = 0
+    for chunk in _chunks(inputs, checker.states_at_once):
         (_check_arrays if task.takes_arrays else _check_integers)(task, checker, chunk)
         seen += len(chunk)
         on_progress(len(chunk))
@@ -353,6 +351,21 @@ def validate_task(
     bits = task.layout.bits
     elapsed = time.monotonic() - started_at
     return TaskReport(seen, checker.micro_steps, states, exact, states * bits, tuple(checker.tallies), elapsed)
+
+
+def _chunks(inputs: Iterable[Any], size: int) -> Iterator[Sequence[Any]]:
+    if isinstance(inputs, Sequence):
+        yield from (inputs[start : start + size] for start in range(0, len(inputs), size))
+        return
+    iterator = iter(inputs)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+_Start: TypeAlias = Callable[[NDArray[np.intp]], NDArray[np.uint64]]
+"""Function from rows of inputs to their initial states on bit planes."""
+_Wrong: TypeAlias = Callable[[NDArray[np.uint64], NDArray[np.intp]], NDArray[np.bool_]]
+"""Function from final states on bit planes, and their rows, to whether each output is wrong."""
 
 
 def _check_integers(task: Task[Any, Any], checker: _Checker, inputs: Sequence[Any]) -> None:
@@ -371,14 +384,27 @@ def _check_integers(task: Task[Any, Any], checker: _Checker, inputs: Sequence[An
 
 def _check_arrays(task: Task[Any, Any], checker: _Checker, inputs: Sequence[Any]) -> None:
     """Check inputs together, by the task's methods on arrays."""
-    parts = len(inputs[0]) if isinstance(inputs[0], tuple) else 1
-    flat = np.fromiter(itertools.chain.from_iterable(inputs) if parts > 1 else inputs, np.int64, len(inputs) * parts)
-    columns = flat.reshape(len(inputs), parts).T
+    with user_code(task.name, "one of its methods on arrays"):
+        whole = inputs.arrays() if isinstance(inputs, AllNumbers) else _columns(inputs)
+        limits = np.broadcast_to(task.num_micro_steps(whole), len(inputs))
+        _check_groups(task, checker, inputs, limits, *_array_forms(task, inputs, whole))
+
+
+def _columns(inputs: Sequence[Any]) -> Any:
+    """Return inputs with an array in place of every integer."""
+    if isinstance(inputs[0], tuple):
+        return tuple(np.array(column, np.int64) for column in zip(*inputs, strict=True))
+    return np.array(inputs, np.int64)
+
+
+def _array_forms(task: Task[Any, Any], inputs: Sequence[Any], whole: Any) -> tuple[_Start, _Wrong]:
+    """Return initial states and wrong outputs as functions of rows, by the task's methods on arrays."""
     layout = task.layout
 
     def arrays(rows: NDArray[np.intp]) -> Any:
-        chosen = tuple(np.ascontiguousarray(column[rows]) for column in columns)
-        return chosen if isinstance(inputs[0], tuple) else chosen[0]
+        if len(rows) == len(inputs):
+            return whole
+        return tuple(column[rows] for column in whole) if isinstance(whole, tuple) else whole[rows]
 
     def start(rows: NDArray[np.intp]) -> UInt64[Planes, "bits columns"]:
         lanes = columns_for(len(rows)) * LANES
@@ -405,9 +431,7 @@ def _check_arrays(task: Task[Any, Any], checker: _Checker, inputs: Sequence[Any]
         differs: NDArray[np.bool_] = np.broadcast_to(outputs != expected, len(rows))
         return differs
 
-    with user_code(task.name, "one of its methods on arrays"):
-        limits = np.broadcast_to(task.num_micro_steps(arrays(np.arange(len(inputs)))), len(inputs))
-        _check_groups(task, checker, inputs, limits, start, wrong)
+    return start, wrong
 
 
 def _disagreement(task: Task[Any, Any], method: str, task_input: Any) -> TaskError:
@@ -421,8 +445,8 @@ def _check_groups(
     checker: _Checker,
     inputs: Sequence[Any],
     limits: NDArray[Any],
-    start: Callable[[NDArray[np.intp]], UInt64[Planes, "bits columns"]],
-    wrong: Callable[[UInt64[Planes, "bits columns"], NDArray[np.intp]], Bool[NDArray[np.bool_], " rows"]],
+    start: _Start,
+    wrong: _Wrong,
 ) -> None:
     """Run the inputs that take equally many micro-steps together, and count failures."""
     failed: list[list[NDArray[np.intp]]] = [[] for _ in checker.tallies]

@@ -21,8 +21,8 @@ IDENTITY = torch.eye(SIZE, dtype=torch.float64)
 INVERSE = torch.linalg.inv(SIZE * ntk(IDENTITY, IDENTITY))
 
 
-def predictor(centred: bool, padding: int = 0) -> TemplatePredictor:
-    return TemplatePredictor(TEMPLATES, padding, antisymmetric=centred)
+def predictor(antisymmetric: bool, padding: int = 0) -> TemplatePredictor:
+    return TemplatePredictor(TEMPLATES, padding, antisymmetric=antisymmetric)
 
 
 def some_matches(states: int = 12) -> Tensor:
@@ -85,9 +85,9 @@ def test_the_bias_is_a_prediction_of_the_shift(padding: int) -> None:
     assert theory.shift.shape == (SIZE + padding, LABELS.shape[1])
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_corrected_labels_take_the_bias_away(centred: bool) -> None:
-    plain, theory = (FiniteWidth(predictor(centred), 2000, corrected=corrected) for corrected in (False, True))
+@pytest.mark.parametrize("antisymmetric", [False, True])
+def test_corrected_labels_take_the_bias_away(antisymmetric: bool) -> None:
+    plain, theory = (FiniteWidth(predictor(antisymmetric), 2000, corrected=corrected) for corrected in (False, True))
     assert torch.equal(plain.labels, LABELS)
     torch.testing.assert_close(theory.labels + theory.shift, LABELS, rtol=0, atol=1e-13)
     assert not theory.bias(some_matches()).any()
@@ -139,21 +139,21 @@ def test_one_units_kernel_is_that_of_a_network_of_width_one() -> None:
         torch.testing.assert_close(xi(hidden, readout, seen, x[0], v[0])[row], expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_the_variance_is_that_of_whole_units(centred: bool) -> None:
+@pytest.mark.parametrize("antisymmetric", [False, True])
+def test_the_variance_is_that_of_whole_units(antisymmetric: bool) -> None:
     """Hidden weights, readout and (for Gaussian members) the noise of r, all drawn."""
     matches = some_matches()[[3, 5, 9]]
     assert (matches.sum(1) > 1).all()
     width, count = 7000, 40_000
-    theory = FiniteWidth(predictor(centred), width)
+    theory = FiniteWidth(predictor(antisymmetric), width)
     estimate = theory.variance(matches, generator=torch.Generator().manual_seed(3), units=60_000)
-    infinite = predictor(centred).variance(matches.sum(1))[:, None] + theory._gates(matches, INVERSE @ LABELS)
+    infinite = predictor(antisymmetric).variance(matches.sum(1))[:, None] + theory._gates(matches, INVERSE @ LABELS)
     hidden, readout = units(count, 4)
     seen = (INVERSE @ LABELS).expand(count, -1, -1)
-    if not centred:
+    if not antisymmetric:
         root = torch.linalg.cholesky(INVERSE @ nngp(IDENTITY, IDENTITY) @ INVERSE)
         seen = seen + root @ torch.randn(seen.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    independent = width / 2 if centred else width
+    independent = width / 2 if antisymmetric else width
     for state in range(len(matches)):
         x, v = TEMPLATES.encode(matches[[state]])[0], weights_of(matches[[state]])[0]
         values = torch.cat(
