@@ -3,6 +3,6 @@
 from ntk_ensembles.training.data import EvaluationBatch, TaskData
 from ntk_ensembles.training.metrics import EvaluationMetrics
 from ntk_ensembles.training.module import EnsembleModule
-from ntk_ensembles.training.train import Interrupted, train
+from ntk_ensembles.training.stream import Interrupted, train
 
 __all__ = ["EnsembleModule", "EvaluationBatch", "EvaluationMetrics", "Interrupted", "TaskData", "train"]

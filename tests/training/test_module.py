@@ -25,11 +25,6 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "log_every_n_steps": 1,
 }
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:.*treespec, LeafSpec",
-    "ignore:.*have no .val_dataloader.:UserWarning",
-)
 
 
 def module(width: int = 512, members: Any = 4, **changes: Any) -> EnsembleModule:

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from ntk_ensembles.cli.main import main
 from ntk_ensembles.cli.train import train_command
-from ntk_ensembles.ensemble import cohort_training
-from ntk_ensembles.training import module as module_of_training
-from ntk_ensembles.training import store as store_of_runs
+from ntk_ensembles.runs import Run, RunStore, StoreError
+from ntk_ensembles.runs import store as store_of_runs
+from ntk_ensembles.training import stream
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--task", "addition", "--bits", "3", "--width", "256", "--evaluation-states", "40", "--tolerance", "1e-4"]
@@ -94,18 +94,18 @@ def test_a_grown_run_trains_only_the_new_members(whole: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--width", "128"], "--width is 128 here and 256 there"),
-        (["--seed", "9"], "--seed is 9 here and 0 there"),
-        (["--bits", "4"], "--bits is 4 here and 3 there"),
-        (["--evaluation-states", "41"], "--evaluation-states is 41 here and 40 there"),
-        (["--evaluation-seed", "2"], "--evaluation-seed is 2 here and 0 there"),
-        (["--init", "antisymmetric"], "--init is antisymmetric here and gaussian there"),
+        (["--width", "128"], "width is 128 here and 256 there"),
+        (["--seed", "9"], "seed is 9 here and 0 there"),
+        (["--bits", "4"], "bits is 4 here and 3 there"),
+        (["--evaluation-states", "41"], "evaluation_states is 41 here and 40 there"),
+        (["--evaluation-seed", "2"], "evaluation_seed is 2 here and 0 there"),
+        (["--init", "antisymmetric"], "init is antisymmetric here and gaussian there"),
         (["--task", "sbn"], "--task is sbn here and addition there"),
-        (["--ensemble", "5"], "it has 6 members; expected at least"),
-        (["--first-member", "3"], "--first-member is 3 here and 0 there"),
+        (["--ensemble", "5"], "ensemble is 5 here and 6 there"),
+        (["--first-member", "3"], "first_member is 3 here and 0 there"),
     ],
 )
-def test_a_run_does_not_go_on_as_another(
+def test_a_run_is_not_resumed_as_another(
     copy: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
@@ -113,7 +113,7 @@ def test_a_run_does_not_go_on_as_another(
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
-def test_no_run_to_go_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_run_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no run directory" in complaint(capsys, ["train", "--resume", str(tmp_path / "nowhere")])
     assert "is no run directory" in complaint(capsys, ["train", "--resume", str(tmp_path)])
 
@@ -127,7 +127,7 @@ def test_parts_are_merged_into_what_one_run_gives(whole: Path, tmp_path: Path) -
     assert resume(tmp_path / "c", "--ensemble", "7")["members"] == 7
 
 
-def test_a_gap_between_merged_parts_is_filled_by_going_on(whole: Path, tmp_path: Path) -> None:
+def test_a_gap_between_merged_parts_is_filled_by_resuming(whole: Path, tmp_path: Path) -> None:
     run(tmp_path / "a", "--ensemble", "2")
     run(tmp_path / "b", "--ensemble", "2", "--first-member", "4")
     assert main(["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
@@ -139,7 +139,7 @@ def test_what_cannot_be_merged(whole: Path, copy: Path, tmp_path: Path, capsys: 
     out = ["--out", str(tmp_path / "merged")]
     assert "member 0 is in" in complaint(capsys, ["merge", str(whole), str(copy), *out])
     run(tmp_path / "seed", "--ensemble", "1", "--first-member", "6", "--seed", "1")
-    assert "--seed is 1 here and 0 there" in complaint(capsys, ["merge", str(whole), str(tmp_path / "seed"), *out])
+    assert "seed is 1 here and 0 there" in complaint(capsys, ["merge", str(whole), str(tmp_path / "seed"), *out])
     assert "expected at least 2" in complaint(capsys, ["merge", str(whole), *out])
     assert not (tmp_path / "merged").exists()
 
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_refused_and_can_be_trained_again(
     damage(path, how)
     line = complaint(capsys, ["train", "--resume", str(copy)])
     assert str(path) in line
-    assert ("newer version" if how == "future" else "its members are trained again on --resume") in line
+    assert ("another version" if how == "future" else "its members are trained again on --resume") in line
     assert str(path) in complaint(capsys, ["merge", str(whole), str(copy)])
     path.unlink()
     assert resume(copy) == numbers(whole)
@@ -183,22 +183,21 @@ def test_no_flipped_bit_goes_unnoticed(seed: int, whole: Path, copy: Path) -> No
     position = random.Random(seed).randrange(8 * len(content))
     content[position // 8] ^= 1 << position % 8
     path.write_bytes(content)
-    store = store_of_runs.RunStore.open(copy)
+    run = Run.open(copy)
     try:
-        found = store.load()
-    except store_of_runs.StoreError:
+        found = run.member_results()
+    except StoreError:
         return
     # A bit of the header's padding, say: then nothing that was read is different.
-    expected = store_of_runs.RunStore.open(whole).load()
-    for left, right in zip(found, expected, strict=True):
-        assert all(torch.equal(vars(left)[name], vars(right)[name]) for name in vars(left))
+    expected = Run.open(whole).member_results()
+    assert all(torch.equal(vars(found)[name], vars(expected)[name]) for name in vars(found))
 
 
 def test_a_damaged_or_future_manifest_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = copy / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "format": 99}))
-    assert "newer version" in complaint(capsys, ["train", "--resume", str(copy)])
+    assert "another version" in complaint(capsys, ["train", "--resume", str(copy)])
     path.write_text(path.read_text()[:50])
     assert "is damaged" in complaint(capsys, ["train", "--resume", str(copy)])
 
@@ -220,18 +219,18 @@ def test_a_directory_in_use_is_refused(copy: Path, capsys: pytest.CaptureFixture
 def test_out_of_memory_halves_the_cohort_and_changes_no_number(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_cohort = cohort_training.train_cohort
+    train_cohort = stream._train_cohort
 
-    def with_room_for_one(recipe: Any, indices: list[int], *rest: Any, **options: Any) -> Any:
-        if len(indices) > 1:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return train_cohort(recipe, indices, *rest, **options)
+    def with_room_for_one(experiment: Any, cohort: list[int], *rest: Any) -> Any:
+        if len(cohort) > 1:
+            raise torch.OutOfMemoryError
+        return train_cohort(experiment, cohort, *rest)
 
-    monkeypatch.setattr(module_of_training, "train_cohort", with_room_for_one)
+    monkeypatch.setattr(stream, "_train_cohort", with_room_for_one)
     assert run(tmp_path / "run", "--ensemble", "6", "--cohort", "6") == numbers(whole)
     printed = capsys.readouterr().out
-    assert "out of memory with 6 members at once; going on with 3" in printed
-    assert "out of memory with 3 members at once; going on with 1" in printed
+    assert "out of memory with 6 members at once; continuing with 3" in printed
+    assert "out of memory with 3 members at once; continuing with 1" in printed
 
 
 def test_one_member_that_does_not_fit_is_an_error(
@@ -240,7 +239,7 @@ def test_one_member_that_does_not_fit_is_an_error(
     def without_room(*arguments: Any, **options: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(module_of_training, "train_cohort", without_room)
+    monkeypatch.setattr(stream, "_train_cohort", without_room)
     arguments = ["train", *SMALL, "--ensemble", "2", "--out", str(tmp_path / "run")]
     assert "one member of width 256 does not fit" in complaint(capsys, arguments, status=1)
 
@@ -270,13 +269,13 @@ def test_a_full_disk_is_an_error_and_leaves_the_last_checkpoint(
     assert resume(tmp_path / "run") == numbers(whole)
 
 
-def start(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         cwd=directory,
         # Tests that run in the background of a shell ignore Ctrl-C, and so would their children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -290,13 +289,13 @@ def wait_for(directory: Path, shards: int) -> None:
         time.sleep(0.02)
 
 
-def test_killed_runs_go_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> None:
+def test_killed_runs_are_resumed_to_the_same_numbers(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(tmp_path, *SMALL, "--ensemble", "100000", "--cohort", "2", "--out", str(out))
     wait_for(out, 2)
     process.kill()
     process.communicate()
-    # So many members are not wanted: the run is cut back to what an uninterrupted one of six has.
+    # The run is cut back to what an uninterrupted one of six has.
     for path in sorted(out.glob("checkpoints/members-*"))[2:]:
         path.unlink()
     config = out / "config.yaml"
@@ -304,14 +303,14 @@ def test_killed_runs_go_on_to_the_same_numbers(whole: Path, tmp_path: Path) -> N
     assert resume(out) == numbers(whole)
 
 
-def test_ctrl_c_writes_the_results_so_far_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_writes_the_results_so_far_and_says_how_to_resume(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(tmp_path, *SMALL, "--ensemble", "100000", "--cohort", "2", "--out", str(out))
     wait_for(out, 2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert f"Go on with --resume {out}" in errors
+    assert f"Resume with --resume {out}" in errors
     results = numbers(out)
     assert results["members"] == 2 * len(list(out.glob("checkpoints/members-*")))
     assert results["members_planned"] == 100000
@@ -332,22 +331,120 @@ def children(process: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
-def test_a_process_that_dies_ends_the_run_and_another_number_of_them_goes_on(tmp_path: Path) -> None:
+def test_a_process_that_dies_is_replaced(whole: Path, tmp_path: Path) -> None:
+    """kill -9 of one of two processes: the run ends by itself with the undisturbed numbers."""
+    out = tmp_path / "run"
+    process = start(tmp_path, *SMALL, "--ensemble", "6", "--cohort", "1", "--devices", "2", "--out", str(out))
+    wait_for(out, 1)
+    workers = [child for child in children(process.pid) if "spawn_main" in command_line(child)]
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert numbers(out) == numbers(whole)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(tmp_path, *SMALL, "--ensemble", "100000", "--cohort", "1", "--devices", "2", "--out", str(out))
-    wait_for(out, 4)
-    (child,) = children(process.pid)
-    os.kill(child, signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "a process died" in errors.splitlines()[-1]
-    finished = len(list(out.glob("checkpoints/members-*")))
-    assert numbers(out)["members"] == finished >= 4
-    config = out / "config.yaml"
-    config.write_text(config.read_text().replace("ensemble: 100000", f"ensemble: {finished + 2}"))
-    resume(out)
-    indices = sorted(i for part in store_of_runs.RunStore.open(out).load() for i in part.indices.tolist())
-    assert indices[: finished + 2] == list(range(finished + 2))
+    wait_for(out, 2)
+    workers = [child for child in children(process.pid) if "spawn_main" in command_line(child)]
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def command_line(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def test_sigterm_keeps_what_is_finished_and_says_how_to_resume(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(tmp_path, *SMALL, "--ensemble", "100000", "--cohort", "2", "--out", str(out))
+    wait_for(out, 3)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    (line,) = errors.splitlines()
+    assert line.endswith(f"Resume with --resume {out}")
+    assert line.startswith("train.py: terminated; ")
+    assert numbers(out)["members"] == 2 * len(list(out.glob("checkpoints/members-*")))
+
+
+def test_starting_again_with_the_same_options_resumes(
+    whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a scheduler does that starts the same command line again."""
+    shard(copy).unlink()
+    assert run(copy, "--ensemble", "6") == numbers(whole)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    line = complaint(capsys, ["train", *SMALL, "--ensemble", "6", "--seed", "5", "--out", str(copy)])
+    assert "cannot be resumed, seed is 5 here and 0 there" in line
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_slurm_jobs_signal_writes_no_checkpoint_and_mixes_no_members(whole: Path, tmp_path: Path) -> None:
+    """SIGUSR1, with which SLURM announces the end of a job, made Lightning save itself in the current directory."""
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    slurm |= {"SLURM_JOB_NAME": "job", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
+    process = start(tmp_path, *SMALL, "--ensemble", "100000", "--cohort", "2", environment=slurm)
+    directory = tmp_path / "runs" / "addition-slurm-7"
+    wait_for(directory, 2)
+    process.send_signal(signal.SIGUSR1)  # by default the end of a process that does not listen
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGUSR1
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    # The job is started again, with fewer members: it finds its directory and takes what is there.
+    for path in sorted(directory.glob("checkpoints/members-*"))[2:]:
+        path.unlink()
+    config = directory / "config.yaml"
+    config.write_text(config.read_text().replace("ensemble: 100000", "ensemble: 6"))
+    process = start(tmp_path, *SMALL, "--ensemble", "6", "--cohort", "2", environment=slurm)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert numbers(directory) == numbers(whole)
+
+
+def torchrun(directory: Path, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launcher, "--max-restarts", str(restarts), str(ROOT / "train.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=directory,
+    )
+
+
+def test_torchrun_gives_the_numbers_of_one_process_also_when_a_worker_dies(whole: Path, tmp_path: Path) -> None:
+    process = torchrun(tmp_path, *SMALL, "--ensemble", "6", "--cohort", "1", restarts=3)
+    deadline = time.monotonic() + 120
+    while not (shards := list(tmp_path.glob("runs/*/checkpoints/members-*"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = [child for child in children(process.pid) if "train.py" in command_line(child)]
+    os.kill(workers[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    # The same directory, which its processes have found again by themselves.
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert shards[0].parents[1] == directory
+    assert numbers(directory) == numbers(whole)
+
+
+def test_torchrun_reports_bad_input_once(tmp_path: Path) -> None:
+    process = torchrun(tmp_path, *SMALL, "--ensemble", "2", "--devices", "2")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "--devices 2: expected 1, as 2 processes were started already" in errors
 
 
 def test_what_a_killed_session_left_half_done_is_not_taken_for_finished(whole: Path, copy: Path) -> None:
@@ -356,7 +453,7 @@ def test_what_a_killed_session_left_half_done_is_not_taken_for_finished(whole: P
     (copy / "checkpoints" / f".{path.name}.abc").write_bytes(path.read_bytes()[:100])
     path.unlink()
     orphan = copy / "weights" / path.name
-    store = store_of_runs.RunStore.open(copy)
+    store = RunStore.open(copy)
     assert orphan.is_file()
     assert orphan not in store.weight_files()
     assert resume(copy, "--cohort", "1") == numbers(whole)

@@ -27,6 +27,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from ntk_ensembles.console import Progress
 from ntk_ensembles.ensemble import choose_cohort
+from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import SaveError
 from ntk_ensembles.runs import Experiment, MemberResults, Results, Run, RunOptions, begin_or_resume, print_report
 from ntk_ensembles.tasks import Task
@@ -99,13 +100,13 @@ def train(
     launch = Launch.detect()
     console = console or Console()
     if launch.world > 1 and options.devices > 1:
-        raise ValueError(f"devices={options.devices}: {launch.world} processes were started already; leave it at 1")
+        raise OptionError("devices", options.devices, f"1, as {launch.world} processes were started already")
     if launch.name is not None and options.out is None and options.resume is None:
         # Processes that are started again find their directory again.
         options = dataclasses.replace(options, out=f"runs/{task.name}-{launch.name}")
     extras = _Extras(trainer, logger, tuple(callbacks))
     if options.devices > 1 and extras != _Extras():
-        raise ValueError(f"devices={options.devices}: a trainer, logger or callbacks stay in one process; use torchrun")
+        raise OptionError("devices", options.devices, "1 with a trainer, logger or callbacks; or use torchrun")
     if launch.world > 1:
         share_cores(launch.local_world)
     with launch.meeting():
