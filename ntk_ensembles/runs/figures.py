@@ -1,0 +1,65 @@
+"""Figures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ntk_ensembles.runs.convergence import ConvergenceRow
+from ntk_ensembles.theory import DECODERS, Decoder, ExactMatchBand
+
+# The first two of Okabe and Ito's palette that differ in lightness too.
+_COLOURS: dict[Decoder, str] = {"midpoint": "#0072B2", "sign": "#D55E00"}
+
+
+def convergence_figure(rows: Sequence[ConvergenceRow], bands: dict[Decoder, ExactMatchBand], title: str) -> Figure:
+    """Return a figure of exact match and deviation against the number of members, measured over theory.
+
+    Args:
+        rows: Convergence rows of one run, at least one.
+        bands: Bands of each decoder at the same N.
+        title: Text above both panels.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    exact, deviation = figure.subplots(1, 2)
+    sizes = [row["members"] for row in rows]
+    for decoder in DECODERS:
+        colour = _COLOURS[decoder]
+        band = bands[decoder]
+        low, high = band.quantiles[:, 0].tolist(), band.quantiles[:, -1].tolist()
+        exact.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
+        exact.plot(sizes, band.mean.tolist(), color=colour, linewidth=1, label=f"{decoder}, theory with its 90% band")
+        exact.errorbar(
+            sizes,
+            [row["exact_match"][decoder] for row in rows],
+            [row["exact_match_spread"][decoder] or 0 for row in rows],
+            color=colour,
+            fmt="o",
+            markersize=4,
+            capsize=2,
+            label=f"{decoder}, measured (bars: spread over groups)",
+        )
+    exact.set(ylim=(-0.03, 1.03), ylabel="states decoded exactly")
+    exact.legend(fontsize="small", loc="best")
+    predicted = [row["predicted_rms_deviation"] for row in rows]
+    label = "measured (theory at infinite width: 0)"
+    if any(predicted):
+        deviation.plot(sizes, predicted, color="black", linewidth=1, label="theory, infinite width")
+        label = "measured"
+    deviation.plot(sizes, [row["rms_deviation"] for row in rows], "o", color="black", markersize=4, label=label)
+    deviation.set(yscale="log", ylabel="RMS deviation from the NTK mean")
+    deviation.legend(fontsize="small")
+    for axes in (exact, deviation):
+        _members_axis(axes, sizes)
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _members_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(n) for n in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("members of the ensemble, N")
+    axes.grid(alpha=0.3)

@@ -1,0 +1,215 @@
+"""What a run is asked for, and the experiment that follows from a task and these options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+
+from ntk_ensembles.ensemble import (
+    INITS,
+    LOSSES,
+    PRECISIONS,
+    DescentOptions,
+    EngineChoice,
+    Init,
+    Loss,
+    Precision,
+    Recipe,
+)
+from ntk_ensembles.ensemble.engines import ENGINES
+from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX
+from ntk_ensembles.errors import OptionError, check_choice, check_range
+from ntk_ensembles.runs.store import fingerprint
+from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
+from ntk_ensembles.theory import LimitPrediction
+
+Accelerator = Literal["auto", "cpu", "gpu"]
+KeepWeights = Literal["auto", "all", "none"]
+
+WEIGHTS_BUDGET_BYTES = 1 << 30
+"""Weights that ``keep_weights="auto"`` keeps at most."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to train, on which states to evaluate it, and where to write the run."""
+
+    width: int = 8192
+    """Hidden units n of each member, 1 to 16777216; even with --init antisymmetric."""
+
+    ensemble: int = 64
+    """Members of the ensemble, 1 to 1048576."""
+
+    seed: int = 0
+    """Seed of the ensemble: member i is a function of it, of i and of the kind of device alone; 0 to 2^63 - 1."""
+
+    init: Init = "gaussian"
+    """Initial weights: i.i.d. N(0, 1), or antisymmetric, with which a network starts at exactly 0."""
+
+    loss: Loss = "whitened"
+    """Squared error whitened by the analytic kernel (converges in a few steps), or plain."""
+
+    precision: Precision = "32-true"
+    """Lightning's names; bf16-mixed computes the products of a step's update in bfloat16 and all else in float32."""
+
+    accelerator: Accelerator = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+
+    evaluation_states: int = 1000
+    """Distinct states of true trajectories to evaluate members on, 1 to 1000000."""
+
+    evaluation_seed: int = 0
+    """Seed of the evaluation states; apart from --seed, so that either can vary alone."""
+
+    tolerance: float = 1e-6
+    """A member has converged when its squared training error has fallen to this share of the first."""
+
+    steps: int = 50
+    """Steps after which a member is given up as not converged, 1 to 100000."""
+
+    cohort: int | None = None
+    """Members to hold at once; by default as many as memory allows, up to 64. Results do not depend on it."""
+
+    engine: EngineChoice = "auto"
+    """Fast path for one-hot training inputs, which templates are, or torch.func in any case, as a check."""
+
+    first_member: int = 0
+    """Index of the first member. Jobs of an array train parts of one ensemble, for ntk-ensembles merge."""
+
+    keep_weights: KeepWeights = "auto"
+    """Keep trained weights: all, none, or auto, which keeps them if they take at most 1 GiB together. Members whose
+    weights are not kept are drawn and trained again when they are needed."""
+
+    devices: int = 1
+    """Processes to start on this machine, each with members (and, on GPUs, a device) of its own. Under torchrun and
+    srun, which start the processes, leave it at 1. Results do not depend on it."""
+
+    out: str | None = None
+    """Run directory to write. If it holds a run with the same options already, that run is resumed. By default a
+    new directory under runs/."""
+
+    resume: str | None = None
+    """Run directory to resume: trains the members that are still missing. The run's saved options apply; only
+    --ensemble (to add members) and options that do not affect the numbers, such as --cohort or --devices, may differ."""
+
+    def __post_init__(self) -> None:
+        """Check every option.
+
+        Raises:
+            OptionError: An option outside its range.
+            ValueError: Options that exclude each other.
+        """
+        check_range("width", self.width, 1, WIDTH_MAX)
+        check_range("ensemble", self.ensemble, 1, 1 << 20)
+        check_range("seed", self.seed, 0, SEED_MAX)
+        check_choice("init", self.init, INITS)
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("accelerator", self.accelerator, get_args(Accelerator))
+        check_choice("engine", self.engine, ENGINES)
+        check_choice("keep_weights", self.keep_weights, get_args(KeepWeights))
+        check_range("evaluation_states", self.evaluation_states, 1, 1_000_000)
+        check_range("evaluation_seed", self.evaluation_seed, 0, SEED_MAX)
+        check_range("steps", self.steps, 1, 100_000)
+        check_range("first_member", self.first_member, 0, 1 << 30)
+        check_range("devices", self.devices, 1, 4096)
+        if self.cohort is not None:
+            check_range("cohort", self.cohort, 1, 1 << 20)
+        if not 0 < self.tolerance < 1:
+            raise OptionError("tolerance", self.tolerance, "a number between 0 and 1")
+        if self.init == "antisymmetric" and self.width % 2:
+            raise OptionError("width", self.width, "an even number with antisymmetric initialisation")
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise OptionError("accelerator", "gpu", "auto or cpu, as PyTorch sees no GPU here")
+        if self.out is not None and self.resume is not None:
+            raise ValueError("--out and --resume: expected one of them; a resumed run stays where it is")
+
+
+SESSION_OPTIONS = ("out", "resume", "devices", "cohort", "accelerator")
+"""Options that hold for one session."""
+
+SAVED_OPTIONS = tuple(name for name in RunOptions.__dataclass_fields__ if name not in SESSION_OPTIONS)
+"""Options that belong to the run itself, as in ``config.yaml``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A task and options, with everything that follows from them.
+
+    Attributes:
+        task: What is learned.
+        options: How.
+    """
+
+    task: Task[Any, Any]
+    options: RunOptions
+
+    @property
+    def task_spec(self) -> str:
+        """Text that selects the task on a command line."""
+        return task_spec(self.task)
+
+    @cached_property
+    def evaluation(self) -> EvaluationSet:
+        """The states that members are evaluated on."""
+        return EvaluationSet.sample(self.task, self.options.evaluation_states, self.options.evaluation_seed)
+
+    @cached_property
+    def limit(self) -> LimitPrediction:
+        """What infinite width predicts of the evaluation states."""
+        antisymmetric = self.options.init == "antisymmetric"
+        return LimitPrediction(self.task, self.evaluation, antisymmetric=antisymmetric)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How members are made."""
+        options = self.options
+        return Recipe(
+            self.task.templates.labels.to(torch.float32),
+            options.width,
+            options.init,
+            options.seed,
+            options.precision,
+            DescentOptions(options.loss, options.tolerance, options.steps, options.engine),
+        )
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where members are trained on this machine."""
+        use_gpu = self.options.accelerator != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda" if use_gpu else "cpu")
+
+    @property
+    def planned(self) -> range:
+        """Indices of all members."""
+        return range(self.options.first_member, self.options.first_member + self.options.ensemble)
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether trained weights are kept."""
+        keep = self.options.keep_weights
+        return keep == "all" or (keep == "auto" and self.weights_bytes <= WEIGHTS_BUDGET_BYTES)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes that the weights of all members take."""
+        return self.options.ensemble * self.recipe.weight_bytes
+
+    def fingerprint(self, device_type: str | None = None) -> dict[str, Any]:
+        """Return everything that the numbers of a member depend on, in plain values.
+
+        Args:
+            device_type: Kind of device that trains the members, "cpu" or "cuda"; by default this machine's.
+        """
+        options = self.options
+        return fingerprint(
+            self.task,
+            self.recipe,
+            self.evaluation,
+            options.evaluation_states,
+            options.evaluation_seed,
+            device_type or self.device.type,
+        )

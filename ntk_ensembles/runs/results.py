@@ -1,0 +1,270 @@
+"""From member results to ``results.json``, the table, the figure and the charts.
+
+The same for a run that has ended, was interrupted, was resumed, or was merged from others: everything follows from
+the member results and the run's options.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ntk_ensembles.files import write_atomically
+from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows
+from ntk_ensembles.runs.environment import Environment, environment, peak_memory_bytes
+from ntk_ensembles.runs.options import Experiment
+from ntk_ensembles.runs.store import STAGES, MemberResults, RunStore
+from ntk_ensembles.theory import DECODERS, Decoder
+
+TENSORBOARD = "tensorboard"
+"""Folder of a run's events."""
+
+
+class TrainingResults(TypedDict):
+    """How training went: ``training`` in ``results.json``."""
+
+    steps_max: int
+    relative_loss_max: float | None
+    not_converged: list[int]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+
+
+class Results(TypedDict):
+    """Content of ``results.json`` (docs/checkpoints.md)."""
+
+    task: dict[str, Any]
+    seed: int
+    evaluation_seed: int
+    width: int
+    members: int
+    members_planned: int
+    init: str
+    loss: str
+    precision: str
+    tolerance: float
+    templates: int
+    state_bits: int
+    evaluation_states: int
+    executions: int
+    convergence: list[ConvergenceRow]
+    training: TrainingResults
+    environment: Environment
+
+
+def results_of(
+    experiment: Experiment,
+    members: MemberResults,
+    device: torch.device,
+    manifest: Mapping[str, Any],
+    *,
+    seconds_total: float,
+    seconds_startup: float = 0.0,
+) -> Results:
+    """Return the results that follow from the members so far.
+
+    Args:
+        experiment: What was trained, how, and on what it was evaluated.
+        members: All members so far, at least one.
+        device: Where members were trained.
+        manifest: The run's fingerprint.
+        seconds_total: Time that the user has waited in this session.
+        seconds_startup: Part of it before training began.
+    """
+    kept = members.deviations if bool(members.converged.all()) else members.deviations[members.converged]
+    losses = members.relative_loss
+    seconds = dict(zip(STAGES, members.seconds.sum(0).tolist(), strict=True))
+    task = experiment.task
+    return {
+        "task": {"name": task.name, **task.options},
+        "seed": manifest["seed"],
+        "evaluation_seed": manifest["evaluation_seed"],
+        "width": manifest["width"],
+        "members": len(members),
+        "members_planned": len(experiment.planned),
+        "init": manifest["init"],
+        "loss": manifest["loss"],
+        "precision": manifest["precision"],
+        "tolerance": manifest["tolerance"],
+        "templates": len(task.templates),
+        "state_bits": task.layout.bits,
+        "evaluation_states": len(experiment.evaluation),
+        "executions": len(experiment.evaluation.trajectories),
+        "convergence": convergence_rows(experiment.limit, kept),
+        "training": {
+            "steps_max": int(members.steps.max()),
+            "relative_loss_max": float(losses.max()) if bool(losses.isfinite().all()) else None,
+            "not_converged": members.indices[~members.converged].tolist(),
+            "seconds": {**seconds, "startup": seconds_startup, "total": seconds_total},
+            "peak_memory_bytes": peak_memory_bytes(device),
+        },
+        "environment": environment(device, str(experiment.recipe.dtype)),
+    }
+
+
+def write_results(store: RunStore, experiment: Experiment, members: MemberResults, results: Results) -> None:
+    """Write ``results.json``, then the figure and the charts.
+
+    Args:
+        store: Directory of the run.
+        experiment: What was trained, how, and on what it was evaluated.
+        members: All members so far.
+        results: The results that follow from them.
+    """
+    store.write_text("results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    rows = results["convergence"]
+    if rows:
+        _draw(store, experiment, results)
+    _chart(store.directory / TENSORBOARD, rows, members)
+
+
+def _draw(store: RunStore, experiment: Experiment, results: Results) -> None:
+    # Matplotlib and TensorBoard take a second to import.
+    from torch.utils.tensorboard import SummaryWriter
+
+    from ntk_ensembles.runs.figures import convergence_figure
+
+    rows = results["convergence"]
+    bands = {decoder: experiment.limit.band([row["members"] for row in rows], decoder) for decoder in DECODERS}
+    title = f"{experiment.task!r}: {results['templates']} templates, width {results['width']}, "
+    title += f"{results['init']}, {rows[-1]['members']} members"
+    figure = convergence_figure(rows, bands, title)
+    path = store.directory / "figures" / "convergence.png"
+    write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    writer: Any = SummaryWriter(str(_emptied(store.directory / TENSORBOARD / "figures")))
+    writer.add_figure("convergence", figure)
+    writer.close()
+
+
+def _chart(folder: Path, rows: Sequence[ConvergenceRow], members: MemberResults) -> None:
+    """Write measured and predicted values under one tag, from one writer each, so that they share a chart."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for decoder in DECODERS:
+        for kind, prefix in (("measured", ""), ("predicted", "predicted_")):
+            writer: Any = SummaryWriter(str(_emptied(folder / f"{kind} ({decoder})")))
+            for row in rows:
+                values: Mapping[str, Any] = row
+                writer.add_scalar("members/exact_match", values[f"{prefix}exact_match"][decoder], row["members"])
+                writer.add_scalar("members/bit_accuracy", values[f"{prefix}bit_accuracy"][decoder], row["members"])
+                # Of the outputs, before any decoder: one pair of lines is all of it.
+                if decoder == DECODERS[0]:
+                    writer.add_scalar("members/rms_deviation", values[f"{prefix}rms_deviation"], row["members"])
+            writer.close()
+    writer = SummaryWriter(str(_emptied(folder / "training")))
+    for step, losses in enumerate(_losses_by_step(members)):
+        writer.add_scalar("training/relative_loss_mean", sum(losses) / len(losses), step)
+        writer.add_scalar("training/relative_loss_max", max(losses), step)
+    writer.close()
+
+
+def _emptied(folder: Path) -> Path:
+    """Return a folder of events without those of an earlier session, which the new ones replace."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def _losses_by_step(members: MemberResults) -> list[list[float]]:
+    """Return for every step the relative losses of the members that got so far and are finite."""
+    table: list[list[float]] = [[] for _ in range(int(members.loss_counts.max()))]
+    for losses in torch.split(members.losses, members.loss_counts.tolist()):
+        values = losses.tolist()
+        for step, loss in enumerate(values):
+            if math.isfinite(loss) and values[0]:
+                table[step].append(loss / values[0])
+    return [losses for losses in table if losses]
+
+
+def print_report(results: Results, directory: Path, console: Console) -> None:
+    """Print the convergence table, how training went, and where the files are.
+
+    Args:
+        results: Content of ``results.json``.
+        directory: Directory of the run.
+        console: Console to print on.
+    """
+    print_rows(results["convergence"], console)
+    training = results["training"]
+    failed = training["not_converged"]
+    if failed:
+        console.print(
+            f"[bold red]{len(failed)} of {results['members']} members did not converge[/bold red] and are left out of "
+            f"every number above: {', '.join(map(str, failed[:20]))}{' …' if len(failed) > 20 else ''}. "
+            "Try more --steps or a larger --width.",
+            highlight=False,
+        )
+    seconds = training["seconds"]
+    stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in (*STAGES, "startup", "total"))
+    loss = training["relative_loss_max"]
+    worst = "not finite" if loss is None else f"{loss:.1e}"
+    console.print(
+        f"{training['steps_max']} steps at most, relative loss at most {worst}; "
+        f"{stages}; peak memory {training['peak_memory_bytes'] / 2**30:.2f} GiB.",
+        highlight=False,
+    )
+    console.print(f"Results in {directory}; charts: tensorboard --logdir {directory}", highlight=False, soft_wrap=True)
+
+
+def print_rows(rows: Sequence[ConvergenceRow], console: Console, decoders: Sequence[Decoder] = DECODERS) -> None:
+    """Print the convergence table; nothing if there are no rows.
+
+    Args:
+        rows: ``convergence`` of ``results.json``, N ascending.
+        console: Console to print on.
+        decoders: Decoders to show.
+    """
+    if not rows:
+        return
+    table = Table(title="exact match on evaluation states, and on whole executions by midpoint: measured (theory)")
+    table.add_column("N", justify="right")
+    for decoder in decoders:
+        table.add_column(decoder, justify="right", no_wrap=True)
+    if rows[0]["execution_match"]:
+        table.add_column("executions", justify="right", no_wrap=True)
+    table.add_column("RMS deviation", justify="right", no_wrap=True)
+    for row in rows:
+        cells = [str(row["members"])]
+        cells += [
+            f"{_percent(row['exact_match'][decoder])} ({_percent(row['predicted_exact_match'][decoder])})"
+            for decoder in decoders
+        ]
+        if row["execution_match"]:
+            cells.append(_percent(row["execution_match"]["midpoint"]))
+        cells.append(f"{row['rms_deviation']:.2e} ({row['predicted_rms_deviation']:.2e})")
+        table.add_row(*cells)
+    console.print(table)
+    exact = exact_from(rows)
+    if exact is not None:
+        console.print(f"[bold]All states exact by midpoint from N = {exact} on[/bold], in every group of members.")
+
+
+def exact_from(rows: Sequence[ConvergenceRow]) -> int | None:
+    """Return the smallest N from which on every group of members decodes every state right by midpoint.
+
+    Args:
+        rows: ``convergence`` of ``results.json``, N ascending.
+    """
+    smallest = None
+    for row in reversed(rows):
+        if row["exact_match"]["midpoint"] < 1:
+            break
+        smallest = row["members"]
+    return smallest
+
+
+def _percent(share: float) -> str:
+    """Return a share in percent, never rounded up to 100% or down to 0%: those mean all and none."""
+    text = f"{100 * share:.2f}%"
+    if text == "100.00%" and share < 1:
+        return "<100%"
+    if text == "0.00%" and share > 0:
+        return ">0%"
+    return text.replace(".00%", "%")
