@@ -493,7 +493,7 @@ class _DecodingTable:
 class _MarginLookup:
     """The smallest margin of every lane, over all bits or those with C_j > 0 or with C_j = 0.
 
-    Columns of `_DecodingTable` with the same margins form a class. What a lane's smallest margin is depends on its s and
+    Columns of `_DecodingTable` with the same margins form a class. A lane's smallest margin depends on its s and
     on which classes its bits belong to. A class that some bit of every state belongs to needs no look-up, nor does one
     whose margins are nowhere smaller.
     """

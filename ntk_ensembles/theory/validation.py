@@ -255,6 +255,8 @@ class _Checker:
         self.states_at_once = executors[0].states_at_once
         self.tallies = [Tally() for _ in executors]
         self.micro_steps = 0
+        # Margins go into the tallies, apart for 1-bits and 0-bits of every decoder.
+        self._no_margins = torch.full((1,), torch.inf, dtype=torch.float64)
 
     def to_batch(self, states: Bool[Tensor, "states bits"]) -> _CheckedBatch:
         """Return states on bit planes."""
@@ -274,7 +276,6 @@ class _Checker:
             self._distinct.add(self._codes(batch.planes)[lanes])
         counts = self._matcher.match_and_count(batch.planes)
         failed = batch.failed.copy()
-        smallest = np.full(len(lanes), np.inf)
         for row, executor in enumerate(self._executors):
             ones, zeros = (executor.plane_margins(counts, ones=kind) for kind in (True, False))
             self.tallies[row] = self.tallies[row].with_margins(ones[lanes], zeros[lanes])
@@ -285,7 +286,7 @@ class _Checker:
         agreed = ~np.bitwise_or.reduce(failed, axis=0)
         return Step(
             _CheckedBatch(planes, active, failed),
-            torch.from_numpy(smallest),
+            self._no_margins.expand(len(lanes)),
             torch.from_numpy(to_mask(agreed)),
             torch.from_numpy(to_mask(active)),
         )
@@ -413,10 +414,10 @@ def _array_forms(task: Task[Any, Any], inputs: Sequence[Any], whole: Any) -> tup
             padded = np.zeros(lanes, np.int64)
             padded[: len(rows)] = values
             planes[layout[name].start : layout[name].stop] = from_integers(padded, len(layout[name]))
-        states = unpack(planes, len(rows))
-        for position in (0, -1):
-            if not torch.equal(states[position], task.initial_state(inputs[rows[position]])):
-                raise _disagreement(task, "initial_fields", inputs[rows[position]])
+        for lane in (0, len(rows) - 1):
+            state = unpack(planes[:, lane // LANES, None].copy(), LANES)[lane % LANES]
+            if not torch.equal(state, task.initial_state(inputs[rows[lane]])):
+                raise _disagreement(task, "initial_fields", inputs[rows[lane]])
         return planes
 
     def wrong(planes: UInt64[Planes, "bits columns"], rows: NDArray[np.intp]) -> Bool[NDArray[np.bool_], " rows"]:
