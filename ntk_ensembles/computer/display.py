@@ -156,8 +156,8 @@ def write_trace(path: Path, task: SBN, trace: Trace, labels: Mapping[str, int]) 
 
     The first line describes the machine: ``cells``, ``word_bits``, ``branch``, ``labels``. Each further line is the
     state after a micro-step, and the first of them the state before any: ``micro_step``; ``instruction``, the one that
-    it belongs to, from 1; ``margin``, null where nothing matched; ``agreed``; ``phase``, what the next micro-step does, or
-    ``halted``; ``memory`` in signed words; ``select``, the cells to be written; and the other fields of the state as
+    it belongs to, from 1; ``margin``, null where nothing matched; ``agreed``; ``phase``, what the next micro-step does,
+    or ``halted``; ``memory`` in signed words; ``select``, the cells to be written; and the other fields of the state as
     unsigned integers. Before any micro-step ``margin`` and ``agreed`` are null.
 
     Args:
