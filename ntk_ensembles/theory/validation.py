@@ -256,7 +256,7 @@ class _Checker:
         self.tallies = [Tally() for _ in executors]
         self.micro_steps = 0
         # Margins go into the tallies, apart for 1-bits and 0-bits of every decoder.
-        self._no_margins = torch.full((1,), torch.inf, dtype=torch.float64)
+        self._no_margins = np.array([np.inf])
 
     def to_batch(self, states: Bool[Tensor, "states bits"]) -> _CheckedBatch:
         """Return states on bit planes."""
@@ -286,16 +286,16 @@ class _Checker:
         agreed = ~np.bitwise_or.reduce(failed, axis=0)
         return Step(
             _CheckedBatch(planes, active, failed),
-            self._no_margins.expand(len(lanes)),
-            torch.from_numpy(to_mask(agreed)),
-            torch.from_numpy(to_mask(active)),
+            np.broadcast_to(self._no_margins, len(lanes)),
+            to_mask(agreed),
+            to_mask(active),
         )
 
     def to_states(self, batch: _CheckedBatch) -> Bool[Tensor, "states bits"]:
         """Return the states of all lanes."""
         return unpack(batch.planes, batch.planes.shape[1] * LANES)
 
-    def select(self, batch: _CheckedBatch, moved: Bool[Tensor, " states"]) -> None:
+    def select(self, batch: _CheckedBatch, moved: Bool[NDArray[np.bool_], " states"]) -> None:
         """Leave all lanes in the batch: `_CheckedBatch.active` tells which are checked."""
 
     def run(self, batch: _CheckedBatch, micro_steps: int) -> _CheckedBatch:
