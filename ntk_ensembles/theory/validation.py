@@ -410,8 +410,8 @@ def _array_forms(task: Task[Any, Any], inputs: Sequence[Any], whole: Any) -> tup
     def start(rows: NDArray[np.intp]) -> UInt64[Planes, "bits columns"]:
         lanes = columns_for(len(rows)) * LANES
         planes = np.zeros((layout.bits, lanes // LANES), np.uint64)
+        padded = np.zeros(lanes, np.int64)
         for name, values in task.initial_fields(arrays(rows)).items():
-            padded = np.zeros(lanes, np.int64)
             padded[: len(rows)] = values
             planes[layout[name].start : layout[name].stop] = from_integers(padded, len(layout[name]))
         for lane in (0, len(rows) - 1):
@@ -451,7 +451,7 @@ def _check_groups(
 ) -> None:
     """Run the inputs that take equally many micro-steps together, and count failures."""
     failed: list[list[NDArray[np.intp]]] = [[] for _ in checker.tallies]
-    for limit in np.unique(limits).tolist():
+    for limit in [int(limits[0])] if (limits == limits[0]).all() else np.unique(limits).tolist():
         rows = np.flatnonzero(limits == limit)
         batch = checker.run(checker.batch_of_planes(start(rows), len(rows)), limit)
         output_wrong = wrong(batch.planes, rows)

@@ -114,7 +114,7 @@ def addition_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     ("arguments", "expected"),
     [
         (["--cells", "16"], "--cells 16: the ensemble of RUN was trained for 8"),
-        (["--word-bits", "8"], "--word 8: the ensemble of RUN was trained for 4"),
+        (["--word-bits", "8"], "--word-bits 8: the ensemble of RUN was trained for 4"),
         (["--branch", "negative"], "--branch negative: the ensemble of RUN was trained for nonpositive"),
         (["--members", "7"], "--backend RUN: 7 members: expected 1 to 6"),
         (["--set", "8=1"], "address 8 is outside the machine's 8 cells"),

@@ -102,7 +102,7 @@ BAD = {
     "bits": (["--task", "addition", "--bits", "0"], "--bits 0: expected an integer from 1 to"),
     "not a number": (["--task", "addition", "--bits", "many"], "bits"),
     "cells": (["--task", "sbn", "--cells", "12"], "--cells 12: expected a power of two"),
-    "word": (["--task", "sbn", "--word-bits", "99"], "--word 99: expected an integer from 2 to 16"),
+    "word": (["--task", "sbn", "--word-bits", "99"], "--word-bits 99: expected an integer from 2 to 16"),
     "odd width": (["--task", "addition", "--width", "9", "--init", "antisymmetric"], "--width 9: expected an even"),
     "width": (["--task", "addition", "--width", "0"], "--width 0: expected an integer from 1 to"),
     "ensemble": (["--task", "addition", "--ensemble", "0"], "--ensemble 0: expected an integer from 1 to"),
