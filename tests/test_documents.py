@@ -181,6 +181,22 @@ def test_cited_equations_and_sections_exist() -> None:
         assert int(number) in numbers, number
 
 
+def test_symbols_point_to_what_exists() -> None:
+    """The table of docs/theory.md: every name stands in the file that it is said to be in."""
+    rows = [row.split(" | ") for row in re.findall(r"^\| \$.*$", text_of(THEORY), re.MULTILINE)]
+    found = 0
+    for *_, where in rows:
+        for path, names in re.findall(r"`([\w/]+(?:\.py|/))`: ((?:`[\w.]+`(?:, )?)+)", where):
+            place = ROOT / "ntk_ensembles" / path
+            files = [place] if place.suffix else sorted(place.glob("*.py"))
+            text = "".join(text_of(file) for file in files)
+            for name in re.findall(r"`\.?([\w.]+)`", names):
+                for part in name.split("."):
+                    assert re.search(rf"\b{part}\b", text), f"{path}: {name}"
+                found += 1
+    assert found >= 20
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

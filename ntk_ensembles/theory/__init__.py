@@ -31,6 +31,7 @@ from ntk_ensembles.theory.decoding import (
 )
 from ntk_ensembles.theory.empirical import empirical_ntk, linearise
 from ntk_ensembles.theory.executor import NTKExecutor, Rollout, Step, Stepper, TensorStepper, Trace, rollout
+from ntk_ensembles.theory.finite_width import FiniteWidth, VarianceEstimate
 from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
 from ntk_ensembles.theory.predictor import KERNELS, Gaussian, Kernel, Posterior, TemplatePredictor, posterior
 
@@ -41,6 +42,7 @@ __all__ = [
     "Certificate",
     "Decoder",
     "ExactMatchBand",
+    "FiniteWidth",
     "Gaussian",
     "InverseKernel",
     "LimitPrediction",
@@ -54,6 +56,7 @@ __all__ = [
     "TensorStepper",
     "Trace",
     "WorstCase",
+    "VarianceEstimate",
     "bit_error_probability",
     "certify",
     "certify_task",

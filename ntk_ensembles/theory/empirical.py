@@ -112,7 +112,8 @@ def linearise(
             f"the empirical kernel of {len(x)} inputs with {outputs} outputs each is singular: {model.size} weights, "
             "linearised, cannot fit labels at these inputs (equal or parallel rows, a zero row, or too few weights)"
         )
-    start, pull = vjp(lambda weights: model(weights, x), model.weights)
+    pair = vjp(lambda weights: model(weights, x), model.weights)
+    start, pull = pair[0], pair[1]
     cotangents = torch.cholesky_solve((y - start).reshape(-1, 1), factor).view_as(y)
     (change,) = pull(cotangents)
 
@@ -200,6 +201,6 @@ def _gram(model: _Model, left: Side, right: Side) -> Tensor:
 
 def _tangent(model: _Model, inputs: Tensor, change: Weights) -> Tensor:
     """f₀(x) + J(x)·change."""
-    start, moved, *_ = jvp(lambda weights: model(weights, inputs), (model.weights,), (change,))
-    result: Tensor = start + moved
+    pair = jvp(lambda weights: model(weights, inputs), (model.weights,), (change,))
+    result: Tensor = pair[0] + pair[1]
     return result

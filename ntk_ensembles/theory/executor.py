@@ -137,7 +137,7 @@ def decoded_step(
         states: States that were predicted from.
         mean: Mean output of the ensemble.
         decoder: One of `DECODERS`.
-        predictor: LimitPrediction of the ensemble, for the thresholds.
+        predictor: Theory of the ensemble, for the thresholds.
         num_matches: Number of templates s that match each state.
         set_counts: Number C_j of these that set bit j.
     """

@@ -73,6 +73,7 @@ class TemplatePredictor:
         templates: Templates of the task, without the padding.
         size: Size k of the training set, with the padding.
         fan_in: F_j, the number of templates that set bit j.
+        antisymmetric: Whether members start at exactly 0.
 
     Raises:
         ValueError: The padding is negative.
@@ -82,7 +83,7 @@ class TemplatePredictor:
         if padding < 0:
             raise ValueError(f"padding {padding}: expected at least 0")
         self.templates = templates
-        self._antisymmetric = antisymmetric
+        self.antisymmetric = antisymmetric
         self.size = len(templates) + padding
         self.fan_in = templates.fan_in
         num_matches = torch.arange(self.size + 1, dtype=torch.float64)
@@ -117,7 +118,7 @@ class TemplatePredictor:
         cross_back = contrast_right * excess * overlap + left * excess * base_right + ORTHOGONAL * total_right
         spread = (NNGP_DIAGONAL - ORTHOGONAL) * weights + ORTHOGONAL * total * total_right
         covariance = (prior + spread - (cross + cross_back)) / self.size
-        if self._antisymmetric:
+        if self.antisymmetric:
             return torch.zeros_like(covariance)
         # A single matched template is a training point, which every member interpolates; and a network
         # without biases is constantly 0 at the zero input.

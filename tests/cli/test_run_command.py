@@ -280,7 +280,10 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no cells": (["gcd", "--cells", "0"], "--cells 0: expected an integer from 4 to 256"),
         "no word": (["gcd", "--word-bits", "0"], "--word-bits 0: expected an integer from 2 to 16"),
         "word": (["gcd", "--word-bits", "1"], "--word-bits 1: expected an integer from 2 to 16"),
-        "short word": (["gcd", "--cells", "32", "--word-bits", "4"], "--word-bits 4: expected at least 5: a word must hold an address"),
+        "short word": (
+            ["gcd", "--cells", "32", "--word-bits", "4"],
+            "--word-bits 4: expected at least 5: a word must hold an address",
+        ),
         "instructions": (["gcd", "--max-instructions", "0"], "--max-instructions 0: expected an integer from 1"),
         "backend": (["gcd", "--backend", "gpu"], "--backend gpu: expected interpreter, ntk, or the directory of a run"),
         "no run": (["gcd", "--backend", str(tmp_path)], "--backend"),
