@@ -88,9 +88,14 @@ def test_a_process_on_its_own_agrees_with_itself_and_waits_for_nobody() -> None:
 @pytest.mark.parametrize(("signum", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
 def test_signals_stop_and_their_handlers_come_back(signum: signal.Signals, word: str) -> None:
     before = signal.getsignal(signum)
-    with pytest.raises(StoppedError, match=word) as caught, stop_signals():
-        os.kill(os.getpid(), signum)
-        signal.pause()
+
+    def wait_for_it() -> None:
+        with stop_signals():
+            os.kill(os.getpid(), signum)
+            signal.pause()
+
+    with pytest.raises(StoppedError, match=word) as caught:
+        wait_for_it()
     assert caught.value.signum == signum
     assert signal.getsignal(signum) is before
 
