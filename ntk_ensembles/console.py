@@ -76,7 +76,7 @@ class Progress:
             console=console,
         )
         self._task = self._bar.add_task(label, total=total, done="", note="")
-        self._bar.update(self._task, completed=completed)
+        self._bar.update(self._task, completed=completed, done=self._describe(completed))
 
     def __enter__(self) -> Progress:
         self._started_at = self._last_line_at = time.monotonic()

@@ -60,7 +60,7 @@ def _reason(error: Exception) -> str:
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """Read a YAML file of options by name, with underscores for the dashes of flags.
+    """Read a YAML file of options by their Python names.
 
     A file that is large, deeply nested, or has aliases or tags is refused before anything is built from it: a few
     hundred bytes of aliases can take gigabytes.
@@ -86,7 +86,7 @@ def read_options(path: Path) -> dict[str, Any]:
             raise ValueError("expected options by name, such as 'width: 1024'")
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be used: {error}") from None
-    return {name.replace("-", "_"): value for name, value in options.items()}
+    return options
 
 
 class _OptionsLoader(yaml.SafeLoader):

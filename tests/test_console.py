@@ -126,3 +126,13 @@ def test_a_total_may_grow_on_the_way(clock: Clock) -> None:
         clock.now += 20
         progress.update(10)
     assert lines(shown)[0] == "work 25%, 20 s, 60 s left"
+
+
+@pytest.mark.parametrize(("total", "bars"), [(10, 40), (40, 10)])
+def test_the_bar_is_as_long_as_the_work_that_is_done(total: int, bars: int, clock: Clock) -> None:
+    shown = terminal()
+    with Progress("work", 10, shown) as progress:
+        progress.total = total
+        progress.update(10)
+    last = [line for line in lines(shown) if "work" in line][-1]
+    assert last.count("━") == bars

@@ -77,7 +77,7 @@ def test_a_full_device_is_said(tmp_path: Path) -> None:
 def test_options_are_plain_values_by_name(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(
-        "task: addition\ntolerance: 1e-06\nother: 1.5E+3\nevaluation-states: 3\nout: 1e\nflag: true\nlist: [1, a]\n"
+        "task: addition\ntolerance: 1e-06\nother: 1.5E+3\nevaluation_states: 3\nout: 1e\nflag: true\nlist: [1, a]\n"
     )
     assert read_options(path) == {
         "task": "addition",

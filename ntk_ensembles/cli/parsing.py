@@ -8,7 +8,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +41,11 @@ class Parser(ArgumentParser):
         super().__init__(
             prog=prog, description=description, epilog=epilog, version=ntk_ensembles.__version__, **settings
         )
-        self._readers: dict[str, _Reader] = {}
+        self._kinds: dict[str, _Kind] = {}
 
-    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+    def format_help(self, *arguments: Any, **settings: Any) -> str:
         """Return the help, with flags in the spelling with dashes alone."""
-        text: str = super().format_help(formatter)
+        text: str = super().format_help(*arguments, **settings)
         return re.sub(r", --\w*_\w*( \S+)?$", "", text, flags=re.MULTILINE)
 
     def add_options(self, source: type[Any], **defaults: Any) -> None:
@@ -61,33 +61,19 @@ class Parser(ArgumentParser):
         annotations = typing.get_type_hints(source if dataclasses.is_dataclass(source) else source.__init__)
         for name, parameter in inspect.signature(source).parameters.items():
             annotation, default = annotations.get(name, Any), defaults.get(name, parameter.default)
-            reader = _Reader.of(name, annotation)
-            settings: dict[str, Any] = {"help": helps.get(name)}
+            settings: dict[str, Any] = {"help": helps.get(name), "default": default}
+            if default is inspect.Parameter.empty:
+                settings |= {"required": True, "default": None}
+            kind = _Kind.of(annotation, optional=default is None)
             if annotation is bool and default is False:
-                settings["action"] = "store_true"
+                settings |= {"action": "store_const", "const": True}
             else:
-                settings |= {"type": annotation} if reader is None else {"type": reader, "metavar": reader.metavar}
-                settings |= {"required": True} if default is inspect.Parameter.empty else {"default": default}
-            if reader is not None:
-                self._readers[name] = reader
+                # A kind is not left to jsonargparse, whose errors speak of Python's types and name no flag.
+                settings |= {"type": annotation} if kind is None else {"metavar": kind.metavar}
+            if kind is not None:
+                self._kinds[name] = kind
             # Underscores are accepted too, as in a file of options.
             group.add_argument(*dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")), **settings)
-
-    def check(self, config: Mapping[str, object]) -> None:
-        """Check the values of a file, of which jsonargparse takes null for any flag and anything for a switch.
-
-        Args:
-            config: Values by the names of the arguments.
-
-        Raises:
-            OptionError: A value is of another kind than its option takes.
-        """
-        try:
-            for name, value in config.items():
-                if reader := self._readers.get(name):
-                    reader(value)
-        except _WrongKind as error:
-            raise error.error from None
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Return the value of every argument by its name.
@@ -101,14 +87,16 @@ class Parser(ArgumentParser):
         """
         try:
             values = vars(self.parse_args(list(arguments)))
-        except _WrongKind as error:
-            raise error.error from None
         except argparse.ArgumentError as error:
             known = set(re.findall(r"--[a-z-]+", self.format_help()))
             unknown = {flag.replace("_", "-") for flag in re.findall(r"--[\w-]+", str(error))} - known
             hints = [hint for flag in sorted(unknown) if (hint := suggestion(flag, known))]
             raise argparse.ArgumentError(None, f"{error}{''.join(hints[:1])}") from error
-        return {name: value for name, value in values.items() if name != "config"}
+        values.pop("config", None)
+        return {
+            name: self._kinds[name].read(name, value) if name in self._kinds else value
+            for name, value in values.items()
+        }
 
 
 def parse_task(
@@ -157,7 +145,6 @@ def parse_task(
     for path, config in asked.config.items():
         for name in config.keys() - {"task", *own, *shared}:
             raise ValueError(f"{path}: there is no option {name}{suggestion(name, [*own, *shared])}")
-        parser.check(config)
     values = parser.parse(arguments)
     own_values, shared_values = ({name: values[name] for name in part} for part in (own, shared))
     with _users_code(asked.task, names):
@@ -207,72 +194,63 @@ def _users_code(word: str, names: Sequence[str]) -> Iterator[None]:
         raise ValueError(f"--task {word}: fails with {type(error).__name__}: {error}") from error
 
 
-class _WrongKind(Exception):
-    """Carrier of an `OptionError` past argparse, which replaces the message of a ValueError by its own."""
-
-    def __init__(self, error: OptionError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 _EXPECTED: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Function from what stands on the command line or in a file to the value of an argument.
+class _Kind:
+    """Kind of value that an option takes, from a command line, where all is text, or from a file."""
 
-    jsonargparse converts these values too, but its errors speak of Python's types and name no flag.
-    """
-
-    name: str
-    kind: type[Any]
+    type: type[Any]
     choices: tuple[str, ...]
     optional: bool
 
     @classmethod
-    def of(cls, name: str, annotation: Any) -> _Reader | None:
-        """Return a reader for an annotation, or None for one that jsonargparse has to read, such as a list."""
-        kinds = [annotation]
+    def of(cls, annotation: Any, optional: bool) -> _Kind | None:
+        """Return the kind for an annotation, or None for one that jsonargparse has to read, such as a list."""
+        types_ = [annotation]
         if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-            kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-        choices = typing.get_args(kinds[0]) if typing.get_origin(kinds[0]) is Literal else ()
-        if len(kinds) > 1 or not (choices or kinds[0] in _EXPECTED):
+            types_ = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        choices = typing.get_args(types_[0]) if typing.get_origin(types_[0]) is Literal else ()
+        if len(types_) > 1 or not (choices or types_[0] in _EXPECTED):
             return None
-        return cls(name, str if choices else kinds[0], choices, optional=kinds != [annotation])
+        return cls(str if choices else types_[0], choices, optional or types_ != [annotation])
 
-    def __call__(self, value: object) -> object:
-        """Return the value, converted."""
+    @property
+    def metavar(self) -> str:
+        """Words for the help."""
+        return f"{{{','.join(self.choices)}}}" if self.choices else self.type.__name__.upper()
+
+    def read(self, name: str, value: object) -> object:
+        """Return a value of this kind.
+
+        Args:
+            name: Name of the option.
+            value: Text, or what YAML has made of it.
+
+        Raises:
+            OptionError: The value is of another kind.
+        """
         if value is None and self.optional:
             return None
         converted = self._convert(value)
         if self.choices and converted not in self.choices:
             expected = f"one of {', '.join(self.choices)}{suggestion(str(value), self.choices)}"
-            raise _WrongKind(OptionError(self.name, value, expected))
+            raise OptionError(name, value, expected)
         if converted is None:
-            raise _WrongKind(OptionError(self.name, value, _EXPECTED[self.kind]))
+            raise OptionError(name, value, _EXPECTED[self.type])
         return converted
 
     def _convert(self, value: object) -> Any:
-        """Return the value as one of this kind, or None where it is of another."""
-        if self.kind is bool:
+        if self.type is bool:
             return {"true": True, "false": False}.get(str(value).lower())
         # A bool is an integer to Python, and int() would cut 3.5 to 3.
-        if isinstance(value, bool) or not isinstance(value, (str, int, self.kind)):
+        if isinstance(value, bool) or not isinstance(value, (str, int, self.type)):
             return None
         try:
-            return self.kind(value)
+            return self.type(value)
         except (ValueError, OverflowError):
             return None
-
-    def __repr__(self) -> str:
-        """Return the kind of value, for the help."""
-        return self.kind.__name__
-
-    @property
-    def metavar(self) -> str | None:
-        """Words to show in the help, or None where any value is accepted."""
-        return f"{{{','.join(self.choices)}}}" if self.choices else None
 
 
 def _documentation(source: type[Any]) -> tuple[str, dict[str, str]]:

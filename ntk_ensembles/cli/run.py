@@ -1,4 +1,4 @@
-"""`ntk-ensembles run`."""
+"""`ntk-ensembles run`: programs of the one-instruction computer, on the NTK limit or on trained networks."""
 
 from __future__ import annotations
 
@@ -56,26 +56,26 @@ class ExecutionOptions(OutputOptions):
     """interpreter; ntk, the mean of the infinitely wide ensemble; or the directory of a run of train.py --task sbn."""
 
     cells: int | None = None
-    """Memory cells, a power of two, 4 to 256. By default as few as hold the programs; those of the run."""
+    """Memory cells, a power of two, 4 to 256. By default the run's, or as few as hold the programs."""
 
     word_bits: int | None = None
-    """Bits of a cell, 2 to 16. By default 8; those of the run."""
+    """Bits of a cell, 2 to 16. By default the run's, or 8."""
 
     branch: Branch | None = None
-    """Branch if the result is negative (SBN, the default), or negative or zero (SUBLEQ). By default the run's."""
+    """Branch if the result is negative (SBN), or negative or zero (SUBLEQ). By default the run's, or negative."""
 
     members: int | None = None
-    """With the directory of a run: only so many of its members, from the first; by default all that converged."""
+    """Number of members of the run to take, from the first. By default all that converged."""
 
     max_instructions: int = 10_000
     """Instructions after which a program that has not halted is stopped, 1 to 1000000000."""
 
     batch: str | None = None
-    """File of JSON lines with memory, pc, max_instructions, to be run side by side; - for standard input. Prints JSON
-    lines, as several PROGRAMs do."""
+    """File of JSON lines with memory, pc, max_instructions, to execute side by side; - for standard input. The
+    results are JSON lines, as those of several PROGRAMs are."""
 
     watch: bool = False
-    """Show memory, pc and the current instruction as it goes."""
+    """Show memory, pc and the current instruction after each instruction."""
 
     delay: float = 0.2
     """With --watch in a terminal: seconds to wait after each instruction, 0 to 60."""
@@ -120,13 +120,13 @@ class ExecutionOptions(OutputOptions):
 
     @property
     def records(self) -> list[str]:
-        """The options that need every micro-step to be kept."""
+        """Names of the options that were given and need the whole trace."""
         return [name for name in ("trace", "figure", "tensorboard") if getattr(self, name) is not None]
 
 
 @dataclass(frozen=True)
 class _Backend:
-    """What executes: the interpreter where ``executor`` is None."""
+    """Backend that programs are executed on; the interpreter alone where ``executor`` is None."""
 
     executor: Stepper[Any] | None
     description: str
@@ -134,7 +134,7 @@ class _Backend:
 
 @dataclass(frozen=True)
 class _Job:
-    """A program to run, and what its source says of it."""
+    """Program to execute, with the assembly that it comes from."""
 
     program: Program
     assembly: Assembly
@@ -142,7 +142,7 @@ class _Job:
 
 @command("ntk-ensembles run")
 def run_command(arguments: list[str], prog: str) -> int:
-    """Execute programs; exit status 0 if all halted without a wrong bit, 1 if not, 2 for bad input."""
+    """Execute programs; the exit status is 0 if all halted without a wrong bit, else 1."""
     values = _parser(prog).parse(arguments)
     names, settings = values.pop("program"), values.pop("set")
     options = ExecutionOptions(**values)
@@ -193,7 +193,7 @@ def _check_together(options: ExecutionOptions, names: Sequence[str], settings: S
 
 
 def _machine(options: ExecutionOptions, run: Run | None, cells: int) -> SBN:
-    """The machine that is asked for, with as many cells as are needed where nothing is said, or the run's own."""
+    """Return the run's machine, or the one that was asked for, by default with as many cells as are needed."""
     if run is not None:
         return _trained_machine(options, run)
     if options.cells is not None:
@@ -258,7 +258,7 @@ def _open_backend(options: ExecutionOptions, task: SBN, run: Run | None) -> _Bac
 def _load_programs(
     options: ExecutionOptions, names: Sequence[str], settings: Sequence[str], run: Run | None
 ) -> tuple[SBN, list[_Job]]:
-    """Programs of the library and of files, and a machine for them."""
+    """Load programs of the library and of files, and choose a machine for them."""
     task = _machine(options, run, _CELLS_MIN)
     if options.cells is None and run is None:
         loaded = [_load(name, task.branch, task.word_bits) for name in names]
@@ -276,7 +276,7 @@ def _load_programs(
 
 
 def _put(settings: Sequence[str], assembly: Assembly, memory: Sequence[int], machine: Machine) -> tuple[int, ...]:
-    """The memory after every ``--set``."""
+    """Return the memory after every ``--set``."""
     words = list(memory)
     low, high = -(1 << (machine.word_bits - 1)), (1 << machine.word_bits) - 1
     for setting in settings:
@@ -295,7 +295,7 @@ def _put(settings: Sequence[str], assembly: Assembly, memory: Sequence[int], mac
 
 
 def _load_lines(options: ExecutionOptions, run: Run | None) -> tuple[SBN, list[_Job]]:
-    """The programs of a file of JSON lines, and a machine for them."""
+    """Load the programs of a file of JSON lines, and choose a machine for them."""
     assert options.batch is not None
     try:
         text = sys.stdin.read() if options.batch == "-" else Path(options.batch).read_text(encoding="utf-8-sig")
@@ -327,7 +327,7 @@ def _load_lines(options: ExecutionOptions, run: Run | None) -> tuple[SBN, list[_
 
 
 def _parse_line(text: str, max_instructions: int) -> tuple[list[int], int, int]:
-    """Memory, pc and limit of one line."""
+    """Return the memory, the pc and the limit of instructions of one line."""
     try:
         line = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -374,7 +374,7 @@ def _advance(batch: ProgramBatch, limit: int) -> None:
 
 
 def _run_many(task: SBN, backend: _Backend, jobs: Sequence[_Job]) -> int:
-    """All at once; a JSON line each on standard output, in order, and a summary on standard error."""
+    """Execute programs side by side; print a JSON line for each, in order, and a summary to standard error."""
     shown = console(stderr=True)
     started_at = time.perf_counter()
     batch = ProgramBatch(task, [job.program for job in jobs], backend.executor)
@@ -393,7 +393,7 @@ def _run_many(task: SBN, backend: _Backend, jobs: Sequence[_Job]) -> int:
 
 
 def _run_one(task: SBN, backend: _Backend, job: _Job, options: ExecutionOptions) -> int:
-    """One program, shown as it was asked for."""
+    """Execute one program and show it as it was asked for."""
     labels, name = job.assembly.labels, job.program.label
     rule = "negative" if task.branch == "negative" else "negative or zero"
     title = f"{name} on {backend.description}: {task.cells} cells of {task.word_bits} bits, branch if {rule}"
@@ -434,7 +434,7 @@ def _keep_history(batch: ProgramBatch, job: _Job, options: ExecutionOptions, tit
 
 
 def _report(execution: ProgramResult, job: _Job, task: SBN, title: str, shown: Console) -> None:
-    """The end of an execution, for people."""
+    """Print the result of a program for people."""
     state, start = execution.state, job.program.state.memory
     changed = {address: "bold" for address, word in enumerate(state.memory) if word != start[address]}
     ended = f"{'halted' if state.halted else 'not halted; stopped by --max-instructions'} at pc {state.pc}"
@@ -453,7 +453,7 @@ def _report(execution: ProgramResult, job: _Job, task: SBN, title: str, shown: C
 
 
 def _results(job: _Job, task: SBN, memory: Sequence[int]) -> Iterator[str]:
-    """What a library program says its results are; for another program, labelled words that have changed."""
+    """Yield the results that a library program declares, or the labelled words that another one has changed."""
     labels = job.assembly.labels
     if job.program.label in {program.name for program in library_programs()}:
         for field in find_program(job.program.label, task.branch).results:

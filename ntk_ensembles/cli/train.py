@@ -44,9 +44,10 @@ def _with_saved_options(arguments: Sequence[str]) -> list[str]:
     # Says what is wrong with a directory that is no run.
     RunStore.open(directory)
     config = directory / "config.yaml"
-    saved = read_options(config).get("task")
-    if saved is None:
-        raise StoreError(f"{config}: is damaged; expected the options of the run")
+    try:
+        saved = read_options(config)["task"]
+    except (KeyError, ValueError) as error:
+        raise StoreError(f"{config}: is damaged; expected the options of the run") from error
     if asked.task not in (None, saved):
         raise StoreError(f"{directory}: --task is {asked.task} here and {saved} there")
     return ["--config", str(config), *arguments]

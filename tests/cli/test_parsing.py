@@ -26,7 +26,7 @@ class Options(OutputOptions, EvaluationOptions):
     engine: Literal["general", "fast"] | None = None
     """An engine."""
 
-    max_steps: int | None = None
+    max_steps: int | None = 9
     """Steps."""
 
     out: str | None = None
@@ -58,7 +58,7 @@ def test_task_options_and_values() -> None:
         "json": True,
         "rate": 0.5,
         "engine": None,
-        "max_steps": None,
+        "max_steps": 9,
         "out": None,
     }
 
@@ -74,8 +74,8 @@ def test_help_has_dashes_defaults_and_the_text_of_bases(capsys: pytest.CaptureFi
     assert stop.value.code == 0
     text = capsys.readouterr().out
     words = " ".join(text.split())
-    assert "--evaluation-states EVALUATION_STATES Distinct states of true trajectories" in words
-    assert "(type: int, default: 1000)" in words
+    assert "--evaluation-states INT Distinct states of true trajectories" in words
+    assert "(default: 1000)" in words
     assert "A rate, in 100% of cases." in words
     assert "--engine {general,fast}" in words
     assert "--evaluation_states" not in text
@@ -106,7 +106,7 @@ def test_help_has_dashes_defaults_and_the_text_of_bases(capsys: pytest.CaptureFi
 def test_what_is_wrong_is_said(arguments: tuple[str, ...], expected: str) -> None:
     needs_task = arguments and "--task" not in arguments and expected[:6] != "--task"
     said = message(["--task", "addition", *arguments] if needs_task else arguments)
-    assert expected in said
+    assert expected.casefold() in said.casefold()
     if "did you mean" not in expected:
         assert "did you mean" not in said
 
@@ -118,10 +118,10 @@ def config(tmp_path: Path, text: str | bytes) -> str:
 
 
 def test_a_file_of_options(tmp_path: Path) -> None:
-    path = config(tmp_path, "task: addition\nbits: 3\nrate: 1e-06\nevaluation-states: 4\nmax_steps: null\njson: true\n")
+    path = config(tmp_path, "task: addition\nbits: 3\nrate: 1e-06\nevaluation_states: 4\nmax_steps: null\njson: true\n")
     task, options, _ = parsed("--config", path)
     assert task.bits == 3
-    assert options == Options(json=True, evaluation_states=4, rate=1e-6)
+    assert options == Options(json=True, evaluation_states=4, rate=1e-6, max_steps=None)
     assert parsed("--config", path, "--bits", "5")[0].bits == 5
     other = tmp_path / "other.yaml"
     other.write_text("task: permutation\nbits: 4\n")
@@ -141,13 +141,14 @@ def test_a_file_of_options(tmp_path: Path) -> None:
         ("json: maybe", "--json maybe: expected true or false"),
         ("engine: fst", "did you mean fast?"),
         ("bitz: 3", "x.yaml: there is no option bitz; did you mean bits?"),
+        ("evaluation-states: 3", "no option evaluation-states; did you mean evaluation_states?"),
         ("task: 5", "--task 5: expected one of"),
         ("task: null", "--task None: expected one of"),
     ],
 )
 def test_values_in_a_file(text: str, expected: str, tmp_path: Path) -> None:
     said = message(["--config", config(tmp_path, f"task: addition\n{text}\n" if "task" not in text else text)])
-    assert expected in said
+    assert expected.casefold() in said.casefold()
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
