@@ -18,7 +18,7 @@ from ntk_ensembles.theory import TIE, certify_task
 
 _DESCRIPTION = (
     "Certify what a task's templates promise before any training: can it be learned exactly, for which states, with "
-    "many members, by which decoder. Exit status 0 if a decoder asked for is exact for all states, else 1."
+    "how many members, by which decoder. Exit status 0 if a decoder asked for is exact for all states, else 1."
 )
 
 
