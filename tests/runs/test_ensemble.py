@@ -12,9 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ntk_ensembles import SBN, Addition, Ensemble, EvaluationSet, MLPStack, Permutation, RunOptions, TwoLayerMLP, train
+from ntk_ensembles.runs import MemberResults, Run, RunStore, StoreError, merge_runs
 from ntk_ensembles.tasks import Program
 from ntk_ensembles.theory import NTKExecutor, rollout
-from ntk_ensembles.runs import MemberResults, Run, RunStore, StoreError, merge_runs
 
 QUIET = Console(quiet=True)
 OPTIONS = RunOptions(width=600, ensemble=8, evaluation_states=60, tolerance=1e-6, cohort=3)
