@@ -1,0 +1,104 @@
+"""Restarts halve the step of either loss, and no more is remembered than is promised."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ntk_ensembles.ensemble import Descent, DescentOptions, Loss, MLPStack
+from ntk_ensembles.ensemble import descent as descent_module
+
+EYE = torch.eye(6, dtype=torch.float64)
+LABELS = torch.rand(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class Diverging:
+    """Outputs are 0 until a step is taken, and then no numbers; drawing a member again brings its zeros back."""
+
+    def __init__(self, members: int) -> None:
+        self.values = torch.zeros(members, 3, 6, dtype=torch.float64)
+        self.cotangents: list[Tensor] = []
+
+    def outputs(self) -> Tensor:
+        return self.values.clone()
+
+    def step(self, cotangents: Tensor) -> Tensor:
+        self.cotangents.append(cotangents.clone())
+        self.values[:] = math.nan
+        return self.outputs()
+
+
+class Redrawn(MLPStack):
+    """A stack that puts the engine's member back too."""
+
+    engine: Diverging | None = None
+
+    def redraw(self, position: int) -> None:
+        super().redraw(position)
+        if self.engine is not None:
+            self.engine.values[position] = 0
+
+
+@pytest.mark.parametrize("loss", ["whitened", "mse"])
+def test_every_restart_has_half_the_step_of_the_one_before(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step from the same outputs, five times: 1, 1/2, 1/4, 1/8 and 1/16 of the first cotangent."""
+    engine, stack = Diverging(1), Redrawn(6, 3, 4, 1, dtype=torch.float64)
+    stack.engine = engine
+    monkeypatch.setattr(descent_module, "make_engine", lambda *arguments, **options: engine)
+    descent = Descent(stack, DescentOptions(loss, steps_max=50))
+    descent.bind(EYE, LABELS)
+    while descent.running:
+        descent.step()
+    (status,) = descent.statuses
+    assert (status.converged, status.restarts, status.steps) == (False, 4, 5)
+    first = engine.cotangents[0]
+    assert float(first.abs().max()) > 0
+    for restart, cotangents in enumerate(engine.cotangents):
+        torch.testing.assert_close(cotangents, first / 2**restart, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_six_steps_are_remembered_and_no_more(batched: bool) -> None:
+    stack = MLPStack(6, 3, 3, 2, dtype=torch.float64)
+    descent = Descent(stack, DescentOptions(tolerance=1e-12, steps_max=20), batched=batched)
+    descent.bind(EYE, LABELS)
+    for step in range(1, 11):
+        descent.step()
+        state: Any = descent.state_dict()
+        for training in state["trainings"]:
+            for remembered in training["history"].values():
+                assert len(remembered) == min(step, 6)
+
+
+def test_a_stopped_member_whose_numbers_are_none_disturbs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three members together, of which the middle one ends as not a number: the others are what they are alone."""
+
+    class Spoilt(MLPStack):
+        def redraw(self, position: int) -> None:
+            super().redraw(position)
+            if self.indices[position] == 1:
+                with torch.no_grad():
+                    self.hidden[position] = math.nan
+
+    options = DescentOptions(tolerance=1e-8, steps_max=40)
+
+    def trained(members: list[int]) -> tuple[MLPStack, Descent]:
+        stack = Spoilt(6, 3, 200, members, dtype=torch.float64)
+        descent = Descent(stack, options, batched=True)
+        descent.bind(EYE, LABELS)
+        while descent.running:
+            descent.step()
+        return stack, descent
+
+    together, descent = trained([0, 1, 2])
+    assert [status.converged for status in descent.statuses] == [True, False, True]
+    assert descent.statuses[1].restarts == 4
+    for position in (0, 2):
+        alone, other = trained([position])
+        assert other.statuses[0].steps == descent.statuses[position].steps
+        torch.testing.assert_close(alone.hidden[0], together.hidden[position], rtol=0, atol=1e-10)
+        torch.testing.assert_close(alone.readout[0], together.readout[position], rtol=0, atol=1e-10)
