@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ntk_ensembles.ensemble import Descent, DescentOptions, Loss, MemberStatus, MLPStack
 from ntk_ensembles.ensemble import descent as descent_module
+from ntk_ensembles.theory import ntk
 
 EYE = torch.eye(6, dtype=torch.float64)
 LABELS = torch.rand(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -216,3 +217,42 @@ def test_a_step_calls_the_closure_first_as_every_optimizer_does() -> None:
     assert seen == [True]
     assert not torch.equal(stack.hidden, before)
     assert descent.step() is None
+
+
+class Linear:
+    """f = A·θ of each output, with A·Aᵀ = Θ^½·M·Θ^½: what the whitened loss sees is M alone."""
+
+    def __init__(self, eigenvalues: list[float]) -> None:
+        values, vectors = torch.linalg.eigh(ntk(EYE, EYE))
+        generator = torch.Generator().manual_seed(0)
+        axes = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator))[0]
+        self.jacobian = vectors * values.sqrt() @ vectors.T @ axes * torch.tensor(eigenvalues).double().sqrt()
+        self.theta = torch.zeros(1, 3, 6, dtype=torch.float64)
+
+    def outputs(self) -> Tensor:
+        return self.theta @ self.jacobian.T
+
+    def step(self, cotangents: Tensor) -> Tensor:
+        self.theta = self.theta - cotangents @ self.jacobian
+        return self.outputs()
+
+
+@pytest.mark.parametrize(
+    "eigenvalues", [[1.0] * 6, [0.5, 1.5] * 3, [0.4, 0.9, 1.7] * 2, [0.3, 0.6, 1.0, 1.4, 1.9, 1.0]]
+)
+def test_a_linear_model_needs_a_step_for_each_eigenvalue_and_one_more(
+    eigenvalues: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GMRES does: after a change along each, the combination of them leaves nothing but rounding."""
+    engine = Linear(eigenvalues)
+    monkeypatch.setattr(descent_module, "make_engine", lambda *arguments, **options: engine)
+    descent = Descent(MLPStack(6, 3, 4, 1, dtype=torch.float64), DescentOptions(tolerance=1e-15, steps_max=40))
+    descent.bind(EYE, LABELS)
+    while descent.running:
+        descent.step()
+    (status,) = descent.statuses
+    assert status.converged
+    different = len(set(eigenvalues))
+    assert status.steps <= different + 1
+    # No method could do with fewer steps; 1 itself is the size of a step, which needs none before.
+    assert status.steps >= different

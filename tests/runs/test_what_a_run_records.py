@@ -150,6 +150,7 @@ TASK = """
 from ntk_ensembles.tasks import StateLayout, Task, Template
 
 INPUTS = [1, 2, 4, 8]
+SECOND = {"zeros": []}
 
 
 class Word(Task):
@@ -159,7 +160,8 @@ class Word(Task):
         self.layout = StateLayout(word=4)
 
     def make_templates(self):
-        return [Template.rule("keep", ones=[i], sets=[i]) for i in range(4)]
+        first, second, *rest = [Template.rule("keep", ones=[i], sets=[i]) for i in range(4)]
+        return [first, Template.rule("keep", ones=[1], sets=[1], **SECOND), *rest]
 
     def inputs(self, generator):
         return iter(INPUTS)
@@ -191,6 +193,18 @@ def test_a_task_that_gives_other_inputs_since_is_told(changed: list[int], same: 
         assert len(Ensemble.load(tmp_path / "run")) == 3
         return
     with pytest.raises(StoreError, match="the task's evaluation states are not the same"):
+        Ensemble.load(tmp_path / "run")
+
+
+def test_a_task_whose_templates_are_others_since_is_told(tmp_path: Path) -> None:
+    """As many as before, and the same next states of all that is evaluated: a condition more on one of them."""
+    file = tmp_path / "word.py"
+    file.write_text(TASK, encoding="utf-8")
+    kind = load_task_class(f"{file}:Word")
+    run(tmp_path / "run", kind(), evaluation_states=4)
+    module: Any = inspect.getmodule(kind)
+    module.SECOND = {"zeros": [0]}
+    with pytest.raises(StoreError, match="the task's templates are not the same"):
         Ensemble.load(tmp_path / "run")
 
 
