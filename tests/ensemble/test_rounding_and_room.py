@@ -34,6 +34,19 @@ def test_bfloat16_rounds_the_change_of_either_layer_and_never_the_weights(choice
     assert torch.equal(still.readout, before.readout)
 
 
+@pytest.mark.parametrize("choice", ["auto", "functional"])
+def test_outputs_are_of_full_precision_whatever_the_caller_asks_of_its_own_thread(choice: Any) -> None:
+    stack = MLPStack(12, 4, 1500, 2, seed=5).requires_grad_(False)
+    engine = make_engine(stack.hidden, stack.readout, torch.eye(12), choice, bfloat16=True)
+    expected = engine.outputs()
+    cotangents = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(engine.outputs(), expected)
+        after = engine.step(cotangents)
+    assert after.dtype == torch.float32
+    assert torch.equal(after, engine.outputs())
+
+
 @pytest.mark.parametrize(("free", "room"), [(10.0, 10), (10.99, 10), (11.0, 11), (1.0, 1)])
 @pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize("engine", ["auto", "functional"])
