@@ -230,7 +230,8 @@ class Linear:
         self.theta = torch.zeros(1, 3, 6, dtype=torch.float64)
 
     def outputs(self) -> Tensor:
-        return self.theta @ self.jacobian.T
+        outputs: Tensor = self.theta @ self.jacobian.T
+        return outputs
 
     def step(self, cotangents: Tensor) -> Tensor:
         self.theta = self.theta - cotangents @ self.jacobian

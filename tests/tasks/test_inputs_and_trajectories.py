@@ -123,7 +123,7 @@ def test_additions_longest_carry_needs_every_micro_step(bits: int) -> None:
     """Counted by hand: until nothing moves, over all pairs; the fixed point itself is not a micro-step more."""
     task = Addition(bits)
     longest = 0
-    for pair in itertools.product(range(1 << bits), repeat=2):
+    for pair in itertools.product(range(1 << bits), range(1 << bits)):
         state, steps = task.initial_state(pair)[None], 0
         while not torch.equal(after := task.templates.micro_step(state), state):
             state, steps = after, steps + 1

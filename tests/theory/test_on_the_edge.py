@@ -112,8 +112,8 @@ def worst(margin: float) -> WorstCase:
 
 def certificate(ones: float | None, zeros: float | None, *, proven: bool = True, score: float = 0.5) -> Certificate:
     bound = Bound(1, 1, torch.ones(1, dtype=torch.bool))
-    cases = (None if margin is None else worst(margin) for margin in (ones, zeros))
-    return Certificate("sign", bound, *cases, proven=proven, score=score, bits=1)
+    first, second = (None if margin is None else worst(margin) for margin in (ones, zeros))
+    return Certificate("sign", bound, first, second, proven, score, bits=1)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def fails(task: Addition, pair: tuple[int, int]) -> bool:
     return False
 
 
-PAIRS = random.Random(0).sample(list(itertools.product(range(16), repeat=2)), 64)
+PAIRS = random.Random(0).sample(list(itertools.product(range(16), range(16))), 64)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import csv
 import functools
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -82,7 +82,7 @@ def test_the_log_has_the_largest_the_middle_and_the_smallest_loss_of_every_step(
 
 def test_several_processes_are_refused() -> None:
     ensemble = module()
-    ensemble.trainer = SimpleNamespace(world_size=2, precision="32-true")
+    ensemble.trainer = cast(Any, SimpleNamespace(world_size=2, precision="32-true"))
     with pytest.raises(ValueError, match="trains on one device, not in 2 processes"):
         ensemble.setup("fit")
 
@@ -93,8 +93,8 @@ def test_predictions_of_batches_of_any_form(form: str) -> None:
     inputs = DATA.limit.inputs.float()
     batches: dict[str, Any] = {
         "states": DATA.predict_dataloader(),
-        "tensor": DataLoader([inputs], batch_size=None),
-        "pair": DataLoader([(inputs, torch.zeros(len(inputs), DATA.out_features))], batch_size=None),
+        "tensor": DataLoader(cast(Any, [inputs]), batch_size=None),
+        "pair": DataLoader(cast(Any, [(inputs, torch.zeros(len(inputs), DATA.out_features))]), batch_size=None),
     }
     (outputs,) = trainer().predict(ensemble, batches[form])  # type: ignore[misc]
     torch.testing.assert_close(outputs, ensemble(inputs).detach(), rtol=0, atol=1e-5)
@@ -128,7 +128,7 @@ def test_what_a_user_adds_to_trainers_is_for_one_process(tmp_path: Path) -> None
     options = RunOptions(width=16, ensemble=2, devices=2, out=str(tmp_path / "run"))
     for extras in ({"callbacks": [L.Callback()]}, {"trainer": functools.partial(L.Trainer, max_steps=1)}):
         with pytest.raises(OptionError, match="devices=2: expected 1 with a trainer, logger or callbacks"):
-            train(Addition(2), options, console=Console(quiet=True), **extras)  # type: ignore[arg-type]
+            train(Addition(2), options, console=Console(quiet=True), **extras)
     assert not (tmp_path / "run").exists()
 
 
