@@ -246,6 +246,7 @@ class Ensemble(TensorStepper):
                 for output in predict(stack, x).cpu():
                     total += output
         return torch.cat(totals) / len(self)
+
     def _encode(self, states: Tensor) -> Tensor:
         matches = torch.from_numpy(self._matcher.matches(states.numpy()))
         return self.task.templates.encode(matches).to(torch.float32)

@@ -93,7 +93,7 @@ class RunOptions:
 
     resume: str | None = None
     """Run directory to resume: trains the members that are still missing. The run's saved options apply; only
-    --ensemble (to add members) and options that do not affect the numbers, such as --cohort or --devices, may differ."""
+    --ensemble (to add members) and options that do not affect the numbers (--cohort, --devices) may differ."""
 
     def __post_init__(self) -> None:
         """Check every option.

@@ -380,13 +380,17 @@ def _remedy(path: Path) -> str:
 
 
 @contextmanager
-def lock(directory: Path) -> Iterator[None]:
-    """Keep other processes out of a directory while this one writes there.
+def lock(directory: Path, name: str = ".lock") -> Iterator[None]:
+    """Keep other processes out of a directory, or out of their part of it, while this one writes there.
+
+    Args:
+        directory: The directory, which exists.
+        name: Name of the file that is locked.
 
     Raises:
         StoreError: Another process is writing there.
     """
-    held = filelock.FileLock(directory / ".lock", timeout=0)
+    held = filelock.FileLock(directory / name, timeout=0)
     try:
         held.acquire()
     except filelock.Timeout:
@@ -395,3 +399,14 @@ def lock(directory: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def wait_for_lock(directory: Path, name: str) -> None:
+    """Wait until the process that holds a `lock` has released it or has died, and remove its file.
+
+    Args:
+        directory: The directory.
+        name: Name of the file that is locked.
+    """
+    with filelock.FileLock(directory / name, poll_interval=0.1):
+        (directory / name).unlink(missing_ok=True)
