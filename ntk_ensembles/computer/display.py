@@ -23,9 +23,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
 
 from ntk_ensembles.computer.batch import ProgramResult
+from ntk_ensembles.events import EventFile
 from ntk_ensembles.files import write_atomically
 from ntk_ensembles.tasks.machine import Machine, MachineState
 from ntk_ensembles.tasks.sbn import PHASES, SBN
@@ -254,9 +254,9 @@ def write_trace_events(directory: Path, task: SBN, trace: Trace, labels: Mapping
         title: a line above the figure.
 
     Raises:
-        OSError: it cannot be written.
+        SaveError: it cannot be written.
     """
-    writer: Any = SummaryWriter(str(directory))
+    writer = EventFile(directory)
     writer.add_figure("execution/state", trace_figure(task, trace, labels, title))
     for number, margin in enumerate(trace.margins.tolist(), start=1):
         writer.add_scalar("execution/margin", margin, number)
