@@ -7,7 +7,8 @@ import ntk_ensembles
 
 PACKAGE = Path(ntk_ensembles.__file__).parent
 FLOORS = [
-    {"errors", "files", "console", "events"},
+    {"errors", "files", "console"},
+    {"events"},
     {"templates"},
     {"tasks"},
     {"theory"},
