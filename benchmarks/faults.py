@@ -213,7 +213,13 @@ def command_lines(generator: random.Random, run: Path, folder: Path) -> Iterator
     train |= {f"--{name}": "words" for name in ("init", "loss", "precision", "accelerator", "engine", "keep-weights")}
     train |= {"--first-member": "numbers", "--config": "config", "--task": "task", "--resume": "runs", "--out": "out"}
     train |= {**shared, "--devices": "devices", "--nonsense": "words", "--cells": "numbers"}
-    certify = {"--task": "task", "--delta": "numbers", "--bits": "numbers", "--padding": "numbers", "--config": "config"}
+    certify = {
+        "--task": "task",
+        "--delta": "numbers",
+        "--bits": "numbers",
+        "--padding": "numbers",
+        "--config": "config",
+    }
     kinds: list[tuple[list[str], dict[str, str]]] = [
         (["train", *SMALL, "--ensemble", "1", "--out", out], train),
         (["train", "--task", "addition", "--width", "64", "--ensemble", "1", "--out", out], train),
@@ -266,7 +272,9 @@ Mutation = Callable[[Path, random.Random], bool]
 
 
 def any_file(run: Path, generator: random.Random) -> Path:
-    return generator.choice(sorted(path for path in run.rglob("*") if path.is_file() and "tensorboard" not in str(path)))
+    return generator.choice(
+        sorted(path for path in run.rglob("*") if path.is_file() and "tensorboard" not in str(path))
+    )
 
 
 def cut(run: Path, generator: random.Random) -> bool:
@@ -384,9 +392,11 @@ def forge(run: Path, generator: random.Random) -> bool:
         lambda t: t.to(torch.float16),
         lambda t: t.to(torch.bool),
         lambda t: torch.full_like(t, 1 if t.dtype == torch.bool else -1),
-        lambda t: torch.full_like(t, 1 if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
-        if not t.is_floating_point()
-        else torch.full_like(t, torch.nan),
+        lambda t: (
+            torch.full_like(t, 1 if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
+            if not t.is_floating_point()
+            else torch.full_like(t, torch.nan)
+        ),
         lambda t: torch.zeros_like(t),
         lambda t: t.view(torch.uint8).bitwise_or(2).view(t.dtype) if t.dtype == torch.bool else t + 1,
     ]
@@ -396,7 +406,17 @@ def forge(run: Path, generator: random.Random) -> bool:
         tensors[name] = generator.choice(changes)(tensor).contiguous()
     if "fields" in metadata and generator.random() < 0.4:
         key = generator.choice(("fields", "groups"))
-        forged = [[], [["self", 9]], [["a", 0]], [["a", 10**9]], [["a", 2**63]], [[1, 2]], "x", {"a": 1}, [["p", 2]] * 9]
+        forged = [
+            [],
+            [["self", 9]],
+            [["a", 0]],
+            [["a", 10**9]],
+            [["a", 2**63]],
+            [[1, 2]],
+            "x",
+            {"a": 1},
+            [["p", 2]] * 9,
+        ]
         metadata[key] = generator.choice([*map(json.dumps, forged), "", "[" * 100000, "[Infinity]"])
     texts = {key: text for key, text in metadata.items() if key in ("fields", "groups")}
     save_file(tensors, path, {**metadata, "sha256": digest(tensors, texts)})
@@ -423,17 +443,22 @@ def try_mutations(count: int, generator: random.Random, runs: Sequence[Path], fo
     folder.mkdir()
     os.chdir(folder)
     other = ["--evaluation-states", "25", "--evaluation-seed", "4"]
-    expected = {run: [rows_of(Outcome(["evaluate", str(run), "--json", *more])) for more in ([], other)] for run in runs}
+    expected = {
+        run: [rows_of(Outcome(["evaluate", str(run), "--json", *more])) for more in ([], other)] for run in runs
+    }
     for _ in range(count):
         run, mutate = generator.choice(runs[:2]), generator.choice(MUTATIONS)
         copy = folder / "copy"
         shutil.copytree(run, copy)
-        (copy / "evil.py").write_text("open('executed', 'w')\n" + OWN_TASK)
+        (copy / "evil.py").write_text(OWN_TASK.partition("\n\ndef ")[0] + "\nopen('executed', 'w')\n")
         seed = generator.random()
         forged = mutate(copy, random.Random(seed))
         commands = [["evaluate", str(copy), "--json", *more] for more in ([], other)]
         commands += [["run", "gcd", "--backend", str(copy)]]
-        commands += [["merge", str(copy), str(runs[2]), "--out", str(folder / "merged")], ["train", "--resume", str(copy)]]
+        commands += [
+            ["merge", str(copy), str(runs[2]), "--out", str(folder / "merged")],
+            ["train", "--resume", str(copy)],
+        ]
         for at, arguments in enumerate(commands):
             outcome = Outcome(arguments)
             complaint = outcome.complaint
@@ -496,7 +521,9 @@ def ended(child: int, seconds: float) -> int | None:
         time.sleep(0.002)
 
 
-def kill_forked(directory: Path, cohort: int, devices: int, kills: int, generator: random.Random, longest: float) -> int:
+def kill_forked(
+    directory: Path, cohort: int, devices: int, kills: int, generator: random.Random, longest: float
+) -> int:
     """Start a run and kill it, again and again, always with the same command; then let it end."""
     arguments = ["train", *KILLED, "--cohort", str(cohort), "--devices", str(devices), "--out", str(directory)]
     done = 0

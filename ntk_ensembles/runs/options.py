@@ -93,8 +93,8 @@ class RunOptions:
     new directory under runs/."""
 
     resume: str | None = None
-    """Run directory to resume: trains the members that are still missing. The run's saved options apply; only
-    --ensemble (to add members) and options that do not affect the numbers, such as --cohort or --devices, may differ."""
+    """Run directory to resume: trains the members that are still missing. The run's saved task and options apply; only
+    --ensemble (to add members) and what does not affect the numbers, such as --cohort or --devices, may differ."""
 
     def __post_init__(self) -> None:
         """Check every option.

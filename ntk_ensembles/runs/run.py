@@ -84,9 +84,13 @@ class Run:
             return self
         try:
             task = given if isinstance(given, Task) else (given or cast(Any, own)).from_options(recorded.options)
-            # A recorded layout is as large as its file; that of a class could be anything.
-            found = None if repr(task.layout) == repr(recorded.layout) else "the task's state is another"
-            found = found or self.difference(dataclasses.replace(self.experiment, task=task), self.device.type)
+            same = repr(task.layout) == repr(recorded.layout)
+            # A recorded state is as large as its file; that of options in a file could be of any size.
+            if given is not None or same:
+                found = self.difference(dataclasses.replace(self.experiment, task=task), self.device.type)
+            else:
+                found = None
+            found = found or (None if same else "the fields of its state are others")
         except ValueError as error:
             if given is not None:
                 raise

@@ -46,7 +46,7 @@ _MANIFEST_BYTES_MAX = 1 << 20
 _ECHO_MAX = 100
 """Characters of a foreign value in a message."""
 _HALF_WRITTEN = (
-    r"\.tmp\w{6}|\.(members-.*|task)\.safetensors\.\w+|\.(config\.yaml|(manifest|results)\.json|.*\.png)\.\w+"
+    r"\.tmp\w{6}|\.((members-.*|task)\.safetensors|config\.yaml|(manifest|results)\.json|.*\.png|\.beginning)\.\w+"
 )
 """Names of files that were being written: of `write_atomically`, and of what safetensors makes beside them."""
 
@@ -435,7 +435,7 @@ class RunStore:
 
     def _sweep_half_written(self) -> None:
         for folder in (".", *_FOLDERS):
-            for path in (self.directory / folder).glob(".*.*") if (self.directory / folder).is_dir() else ():
+            for path in (self.directory / folder).glob(".*"):
                 if re.fullmatch(_HALF_WRITTEN, path.name) and path.is_file():
                     path.unlink(missing_ok=True)
 
