@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 
@@ -78,28 +78,24 @@ class Run:
 
     def _with_meaning(self, given: TaskOrClass | None) -> Run:
         """Return the run with a task that knows what inputs and outputs mean, if there is one."""
-        recorded = self.experiment.task
-        own = TASKS.get(self.experiment.task_spec)
-        if given is None and own is None:
+        recorded, chosen = self.experiment.task, given or TASKS.get(self.experiment.task_spec)
+        if chosen is None:
             return self
         try:
-            task = given if isinstance(given, Task) else (given or cast(Any, own)).from_options(recorded.options)
-            same = repr(task.layout) == repr(recorded.layout)
-            # A recorded state is as large as its file; that of options in a file could be of any size.
-            if given is not None or same:
-                found = self.difference(dataclasses.replace(self.experiment, task=task), self.device.type)
-            else:
-                found = None
-            found = found or (None if same else "the fields of its state are others")
-        except ValueError as error:
+            task = chosen if isinstance(chosen, Task) else chosen.from_options(recorded.options)
+            fields = None if repr(task.layout) == repr(recorded.layout) else "the fields of its state are others"
+            # A recorded state is as large as its file; one that follows from options in a file could be of any size.
+            found = fields if given is None else None
+            found = found or self.difference(dataclasses.replace(self.experiment, task=task), self.device.type)
+        except ValueError:
             if given is not None:
                 raise
-            found = str(error)
-        if found is None:
-            return Run(dataclasses.replace(self.experiment, task=task), self.store)
-        if given is not None:
-            raise StoreError(f"{self.directory}: is not a run of this task, {found}")
-        return self
+            return self
+        if found or fields:
+            if given is not None:
+                raise StoreError(f"{self.directory}: is not a run of this task, {found or fields}")
+            return self
+        return Run(dataclasses.replace(self.experiment, task=task), self.store)
 
     def write_config(self) -> None:
         """Write the options, as ``--config`` and ``--resume`` take them back."""
