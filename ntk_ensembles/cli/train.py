@@ -19,11 +19,11 @@ _DESCRIPTION = (
 
 @command("train.py")
 def train_command(arguments: list[str], prog: str) -> int:
-    """Train an ensemble, or resume a run; the exit status is 1 if no member converged."""
+    """Train an ensemble, or resume a run; the exit status is 1 if a member did not converge."""
     asked = first_look(arguments)
     saved = None if asked.resume is None else Run.open(asked.resume).experiment
     if saved is not None and asked.task not in (None, saved.task_spec) and (asked.task in TASKS):
         raise StoreError(f"{asked.resume}: --task is {asked.task} here and {saved.task_spec} there")
     task, options, _ = parse_task(arguments, prog, _DESCRIPTION, RunOptions, saved=saved)
     results = train(task, options, console=console(), started_at=psutil.Process().create_time())
-    return 0 if results is None or results["convergence"] else 1
+    return int(results is not None and bool(results["training"]["not_converged"]))

@@ -305,8 +305,10 @@ class RunStore:
             yield
             self.write_text(_MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
         except BaseException:
-            self._clear()
-            marker.unlink(missing_ok=True)
+            # A signal may come between the last step and its end.
+            if not self.has_begun(self.directory):
+                self._clear()
+                marker.unlink(missing_ok=True)
             raise
         marker.unlink(missing_ok=True)
 
