@@ -17,8 +17,8 @@ from ntk_ensembles.tasks import Task
 from ntk_ensembles.theory import TIE, certify_task
 
 _DESCRIPTION = (
-    "Tell what a task's templates promise before any training: can it be learned exactly, for which states, with how "
-    "many members, by which decoder. Exit status 0 if a decoder asked for is exact for all states, else 1."
+    "Certify what a task's templates promise before any training: can it be learned exactly, for which states, with "
+    "how many members, by which decoder. Exit status 0 if a decoder asked for is exact for all states, else 1."
 )
 
 
@@ -113,7 +113,7 @@ def _remarks(name: str, decoder: dict[str, Any]) -> list[str]:
     padding = decoder.get("padding", {"all_states": 0})
     if padding["all_states"]:
         lines.append(
-            f"{name} is exact with {padding['all_states']:,} zero-label templates more (padding); on reachable states "
+            f"{name} is exact with {padding['all_states']:,} padding templates (without a label); on reachable states "
             f"with {padding['reachable']:,}."
         )
     if found["coin_flips"]:
@@ -121,7 +121,7 @@ def _remarks(name: str, decoder: dict[str, Any]) -> list[str]:
         lines.append(
             f"{name} leaves 0-bits without a margin (*): the infinite mean is exactly 0 where one template matches or "
             f"none sets the bit (bit {worst['bit']}, s = {worst['matched']}, F = {worst['fan_in']}), and a finite "
-            "ensemble decodes it by a coin."
+            "ensemble decodes it at random."
         )
     return lines
 

@@ -21,6 +21,7 @@ from ntk_ensembles.cli.parsing import parse_task
 from ntk_ensembles.console import Progress, console
 from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.tasks import SBN, TASKS, Branch, Task, TaskError, load_task_class
+from ntk_ensembles.tasks.base import user_code
 from ntk_ensembles.tasks.evaluation import checked_inputs, num_micro_steps
 from ntk_ensembles.templates import MatchBounds, TemplateSet
 from ntk_ensembles.theory import TIE, Decoder, NTKExecutor, TemplatePredictor, sign_padding
@@ -143,9 +144,10 @@ def _validate_tasks(task: Task[Any, Any], options: ValidateOptions) -> list[Row]
         lengths = range(1, options.max_bits + 1)
         tasks = [type(task).from_options({**task.options, "bits": bits}) for bits in lengths]
     work = [(one, *_choose_inputs(one, options)) for one in tasks]
+    total = sum(operator.length_hint(inputs) * steps for _, inputs, steps, _ in work)
     rows = []
-    with Progress(task.name, sum(steps * count for *_, steps, count in work), console(stderr=True)) as progress:
-        for one, inputs, steps, _ in work:
+    with Progress(task.name, total, console(stderr=True)) as progress:
+        for one, inputs, steps, complete in work:
             bits = one.options.get("bits")
             label = one.name if bits is None else f"{one.name}, {bits} bits"
             checked = _Checked(one.templates, options.decoders)
@@ -155,21 +157,23 @@ def _validate_tasks(task: Task[Any, Any], options: ValidateOptions) -> list[Row]
 
             report = validate_task(one, checked.executors, inputs=inputs, on_progress=advance)
             row = {} if bits is None else {"bits": bits}
-            complete = not isinstance(inputs, list)
             rows.append({**row, "all_inputs": complete, **asdict(report), "tallies": checked.as_rows(report.tallies)})
     return rows
 
 
-def _choose_inputs(task: Task[Any, Any], options: ValidateOptions) -> tuple[Iterable[Any], int, int]:
-    """Return all inputs of a task, or a list of the first; the micro-steps of the first; and how many they are."""
-    inputs = task.all_inputs()
-    if inputs is None or options.inputs is not None:
-        source = iter(checked_inputs(task, options.seed) if inputs is None else inputs)
+def _choose_inputs(task: Task[Any, Any], options: ValidateOptions) -> tuple[Iterable[Any], int, bool]:
+    """Return all inputs of a task, or a list of the first; the micro-steps of the first; and whether they are all."""
+    with user_code(task.name, "all_inputs"):
+        every = task.all_inputs()
+    if every is not None and options.inputs is None:
+        inputs, first = every, list(itertools.islice(task.all_inputs() or (), 1))
+    else:
+        source = checked_inputs(task, options.seed) if every is None else every
         inputs = list(itertools.islice(source, options.inputs or _INPUTS))
-        if not inputs:
-            raise TaskError(f"task {task.name!r} gives no input to evaluate on")
-    first = next(iter(task.all_inputs() or inputs))
-    return inputs, num_micro_steps(task, first), operator.length_hint(inputs)
+        first = inputs[:1]
+    if not first:
+        raise TaskError(f"task {task.name!r} gives no input to evaluate on")
+    return inputs, num_micro_steps(task, first[0]), inputs is every
 
 
 def _validate_programs(chosen: RandomPrograms, options: ValidateOptions) -> Row:

@@ -1,4 +1,4 @@
-"""Assembler and disassembler in the common SUBLEQ convention (DESIGN §5).
+"""Assembler and disassembler in the common SUBLEQ convention.
 
     program      statements, ended by ``;`` or a new line; ``#`` begins a comment
     statement    an instruction ``a b c``, or data words after a ``.``
@@ -34,7 +34,7 @@ _OPERANDS: tuple[_Role, _Role, _Role] = ("a", "b", "c")
 
 @dataclass(frozen=True)
 class SourceSpan:
-    """Where something is written: line and column from 1, and its text."""
+    """Line and column, from 1, and text of a part of the source."""
 
     line: int
     column: int
@@ -48,7 +48,7 @@ class AssemblyError(ValueError):
     a note, which tracebacks show.
 
     Attributes:
-        span: what is at fault; its text is empty at the end of a line.
+        span: Part at fault; its text is empty at the end of a line.
     """
 
     def __init__(self, name: str, span: SourceSpan, reason: str, source_line: str) -> None:
@@ -65,11 +65,11 @@ class Assembly:
     """A program in words.
 
     Attributes:
-        words: from cell 0 on, as written: signed, or up to 2^w − 1 for two's complement.
-        labels: the address that each stands for.
-        spans: where each word is written; an operand left out is where its instruction is. Empty for a raw image.
-        cells: of the machine that it was assembled for; if none was named, the smallest power of two, at
-            least 4, that has every word, and every address among the operands.
+        words: Words from cell 0 on, as written: signed, or up to 2^w − 1 for two's complement.
+        labels: Address that each label stands for.
+        spans: Span of each word; that of an operand left out is its instruction's. Empty for a raw image.
+        cells: Number of cells of the machine that it was assembled for; if none was named, the smallest power of two,
+            at least 4, that has every word, and every address among the operands.
     """
 
     words: tuple[int, ...]
@@ -78,10 +78,10 @@ class Assembly:
     cells: int
 
     def address(self, expression: str) -> int:
-        """The address that ``label``, ``label+1``, ``label-1`` or a number means.
+        """Return the address that ``label``, ``label+1``, ``label-1`` or a number means.
 
         Raises:
-            ValueError: none of these, an unknown label, or an address outside the machine.
+            ValueError: It is none of these, the label is unknown, or the address outside the machine.
         """
         match = _ADDRESS.fullmatch(expression)
         if match is None:
@@ -99,7 +99,7 @@ class Assembly:
 
 
 def cells_for(words: int) -> int:
-    """The cells of the smallest machine for so many words: a power of two, at least 4."""
+    """Return the number of cells of the smallest machine that holds ``words``: a power of two, at least 4."""
     return max(_CELLS_MIN, 1 << (words - 1).bit_length()) if words else _CELLS_MIN
 
 
@@ -110,13 +110,13 @@ def assemble(text: str, *, cells: int | None = None, word_bits: int = 8, name: s
     of its own (``x:0``) is data, or an address that the program changes, and may be any word.
 
     Args:
-        text: the source.
-        cells: of the machine; by default as few as `Assembly.cells` says.
+        text: Source.
+        cells: Number of cells of the machine; by default as few as `Assembly.cells` says.
         word_bits: Number of bits w of a cell.
-        name: of the source, for messages.
+        name: Name of the source, for messages.
 
     Raises:
-        AssemblyError: anything that is not a program for this machine.
+        AssemblyError: The source is no program for this machine.
     """
     return _Assembler(text, name).assemble(cells, word_bits)
 
@@ -124,19 +124,19 @@ def assemble(text: str, *, cells: int | None = None, word_bits: int = 8, name: s
 def disassemble(
     words: Sequence[int], *, cells: int | None = None, word_bits: int = 8, labels: Mapping[str, int] | None = None
 ) -> str:
-    """Source that assembles to exactly these words, three a line, with the address in a comment.
+    """Return source that assembles to exactly these words, three a line, with the address in a comment.
 
     Three words that cannot be an instruction of the machine, three zeros, and a rest of one or two words become
     data. What is data in truth may look like an instruction: an image does not tell.
 
     Args:
-        words: an image.
-        cells: of the machine; by default as few as hold the words. `assemble` must be given the same.
+        words: Words of an image.
+        cells: Number of cells of the machine; by default as few as hold the words. `assemble` must be given the same.
         word_bits: Number of bits w of a cell.
-        labels: names to show for addresses, as in `Assembly.labels`.
+        labels: Names to show for addresses, as in `Assembly.labels`.
 
     Raises:
-        ValueError: more words than cells, or a word that does not fit.
+        ValueError: There are more words than cells, or a word does not fit.
     """
     cells = cells_for(len(words)) if cells is None else cells
     if len(words) > cells:
@@ -170,7 +170,7 @@ def disassemble(
 
 
 def _bounds(role: _Role, cells: int, word_bits: int) -> tuple[int, int]:
-    """The least and the greatest value of a word in its role."""
+    """Return the least and the greatest value of a word in its role."""
     if role == "data":
         return -(1 << (word_bits - 1)), (1 << word_bits) - 1
     if role == "c":
@@ -288,7 +288,7 @@ class _Assembler:
         self._take()
 
     def _take_labels(self) -> SourceSpan | None:
-        """Gives the labels that stand here the next word's address; returns the last one's span."""
+        """Give the labels that stand here the next word's address; return the last one's span."""
         span = None
         while self._peek().kind == "name" and self._peek(1).kind == ":":
             span = self._take().span
@@ -331,7 +331,7 @@ class _Assembler:
             self._words.append(_Word(first.span, "c", start + 3, is_next=True))
 
     def _expression(self, role: _Role) -> _Word:
-        """A sum, read from left to right; the factor of every open parenthesis is kept on a stack."""
+        """Take a sum from left to right; the factor of every open parenthesis is kept on a stack."""
         first = last = self._peek()
         constant = 0
         labels: list[tuple[int, SourceSpan]] = []

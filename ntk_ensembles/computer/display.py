@@ -1,4 +1,4 @@
-"""What happened in an execution, micro-step by micro-step: as a file, and as a picture."""
+"""Programs shown to people: memory and instructions in a terminal, traces as files, figures and events."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from rich.console import Console, Group
 from rich.live import Live
@@ -25,17 +21,20 @@ from rich.table import Table
 from rich.text import Text
 
 from ntk_ensembles.computer.batch import ProgramResult
-from ntk_ensembles.events import EventFile
 from ntk_ensembles.files import write_atomically
 from ntk_ensembles.tasks.machine import Machine, MachineState
 from ntk_ensembles.tasks.sbn import PHASES, SBN
 from ntk_ensembles.theory import Trace
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _LABEL_WIDTH, _WORD_WIDTH, _ADDRESS_WIDTH = 11, 6, 4
 
 
 def names_of(labels: Mapping[str, int]) -> dict[int, list[str]]:
-    """The labels of each address."""
+    """Return the labels of each address."""
     names: dict[int, list[str]] = {}
     for label, address in labels.items():
         names.setdefault(address, []).append(label)
@@ -45,13 +44,13 @@ def names_of(labels: Mapping[str, int]) -> dict[int, list[str]]:
 def memory_table(
     memory: Sequence[int], labels: Mapping[str, int], width: int, styles: Mapping[int, str] | None = None
 ) -> Table:
-    """All words with their labels, as many a row as fit (a power of two up to 8).
+    """Return a table of all words with their labels, as many in a row as fit (a power of two up to 8).
 
     Args:
-        memory: the words.
-        labels: of addresses.
-        width: columns of the terminal.
-        styles: rich's, by address.
+        memory: Words of the memory.
+        labels: Addresses by label.
+        width: Number of columns of the terminal.
+        styles: Styles of rich by address.
     """
     a_row = 8
     while a_row > 1 and _ADDRESS_WIDTH + a_row * (_LABEL_WIDTH + _WORD_WIDTH + 2) > width:
@@ -70,23 +69,25 @@ def memory_table(
 
 
 class Watch:
-    """Shows one program instruction by instruction: redrawn in place in a terminal, otherwise a line each.
+    """Display of one program instruction by instruction: redrawn in place in a terminal, otherwise a line each.
 
     Args:
-        console: where to.
-        machine: the computer.
-        labels: of the program.
-        title: a line above.
-        delay: seconds to wait after each instruction, in a terminal.
+        console: Console to show the program on.
+        machine: Interpreter of the computer.
+        labels: Addresses by label.
+        title: Line above.
+        delay_seconds: Time to wait after each instruction, in a terminal.
     """
 
-    def __init__(self, console: Console, machine: Machine, labels: Mapping[str, int], title: str, delay: float) -> None:
+    def __init__(
+        self, console: Console, machine: Machine, labels: Mapping[str, int], title: str, delay_seconds: float
+    ) -> None:
         self._console = console
         self._machine = machine
         self._labels = labels
         self._names = names_of(labels)
         self._title = title
-        self._delay = delay
+        self._delay_seconds = delay_seconds
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Watch:
@@ -114,7 +115,7 @@ class Watch:
         # Memory comes last: where it is higher than the terminal, its end is cut off.
         lines = (Text(self._title, style="bold"), Text(line), Text(summary, style="red" if wrong else "dim"))
         self._live.update(Group(*lines, self._memory(before.state, after.state)), refresh=True)
-        time.sleep(self._delay)
+        time.sleep(self._delay_seconds)
 
     def _operands(self, state: MachineState) -> tuple[int, int, int]:
         cells = self._machine.cells
@@ -122,7 +123,7 @@ class Watch:
         return a % cells, b % cells, c
 
     def _instruction(self, before: MachineState, after: MachineState) -> str:
-        """The instruction at pc, what it subtracted, and where it led."""
+        """Return the instruction at pc, what it subtracted, and where it led, as a line."""
         a, b, c = self._operands(before)
         names = [self._names.get(address, [str(address)])[0] for address in (a, b, c % self._machine.cells)]
         shown = " ".join([*names[:2], str(c) if c < 0 else names[2]])
@@ -130,7 +131,7 @@ class Watch:
         return f"pc {before.pc:>3}  {shown:<26} {change:<32} {'halts' if after.halted else f'to {after.pc}'}"
 
     def _memory(self, before: MachineState, after: MachineState) -> Table:
-        """All cells, with the instruction and what it read and wrote marked."""
+        """Return all cells, with the instruction and what it read and wrote marked."""
         a, b, _ = self._operands(before)
         styles = {(before.pc + offset) % self._machine.cells: "reverse" for offset in range(3)}
         styles[a] = f"{styles.get(a, '')} bold green".strip()
@@ -139,10 +140,10 @@ class Watch:
 
 
 DPI = 150
-"""Pixels to an inch, at which the figure is meant to be saved."""
+"""Resolution, in pixels per inch, at which the figure is meant to be saved."""
 
 _COLUMNS_MAX = 1200
-"""Of longer histories several micro-steps share a column: there are no more pixels to show them."""
+"""Largest number of columns; of a longer trace several micro-steps share one, as there are no more pixels."""
 
 # Okabe and Ito's palette; two tones tell neighbouring cells apart.
 _PHASE, _REGISTER, _SELECT = "#000000", "#D55E00", "#009E73"
@@ -153,20 +154,20 @@ _PAPER = ("#FFFFFF", "#F3F3F3")
 def write_trace(path: Path, task: SBN, trace: Trace, labels: Mapping[str, int]) -> None:
     """Write a trace as JSON lines.
 
-    The first line describes the machine: ``cells``, ``word_bits``, ``branch``, ``labels``. Each further line is the state
-    after a micro-step, and the first of them the state before any: ``micro_step``; ``instruction``, that it belongs
-    to, from 1; ``margin``, null where nothing matched; ``agreed``; ``phase``, what the next micro-step does, or
-    ``halted``; ``memory`` in signed words; ``select``, the cells to be written; and the other fields of the state as
+    The first line describes the machine: ``cells``, ``word_bits``, ``branch``, ``labels``. Each further line is the
+    state after a micro-step, and the first of them the state before any: ``micro_step``; ``instruction``, the one that
+    it belongs to, from 1; ``margin``, null where nothing matched; ``agreed``; ``phase``, what the next micro-step does,
+    or ``halted``; ``memory`` in signed words; ``select``, the cells to be written; and the other fields of the state as
     unsigned integers. Before any micro-step ``margin`` and ``agreed`` are null.
 
     Args:
-        path: where to.
-        task: the machine.
-        trace: of one program.
-        labels: of the program.
+        path: File to write.
+        task: Computer.
+        trace: Trace of one program.
+        labels: Addresses by label.
 
     Raises:
-        SaveError: it cannot be written.
+        SaveError: The file cannot be written.
     """
     head = {"cells": task.cells, "word_bits": task.word_bits, "branch": task.branch, "labels": dict(labels)}
 
@@ -203,14 +204,19 @@ def _trace(task: SBN, trace: Trace) -> Iterator[dict[str, Any]]:
 
 
 def trace_figure(task: SBN, trace: Trace, labels: Mapping[str, int], title: str) -> Figure:
-    """The state as a raster over time, a row a bit, and the decision margin under it.
+    """Draw the state as a raster over time, a row for each bit, and the decision margin under it.
 
     Args:
-        task: the machine.
-        trace: of one program, at least one micro-step.
-        labels: of the program, shown beside their cells.
-        title: a line above.
+        task: Computer.
+        trace: Trace of one program, at least one micro-step.
+        labels: Addresses by label, shown beside their cells.
+        title: Line above.
     """
+    # Matplotlib takes a second to import, which most commands save.
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
     bands = _bands(task, trace)
     states = trace.states.numpy()
     together = -(-len(states) // _COLUMNS_MAX)
@@ -247,15 +253,17 @@ def write_trace_events(directory: Path, task: SBN, trace: Trace, labels: Mapping
     """Write the figure, and the margin of every micro-step, as TensorBoard events.
 
     Args:
-        directory: for TensorBoard's ``--logdir``.
-        task: the machine.
-        trace: of one program, at least one micro-step.
-        labels: of the program.
-        title: a line above the figure.
+        directory: Directory for TensorBoard's ``--logdir``.
+        task: Computer.
+        trace: Trace of one program, at least one micro-step.
+        labels: Addresses by label.
+        title: Line above the figure.
 
     Raises:
-        SaveError: it cannot be written.
+        SaveError: The events cannot be written.
     """
+    from ntk_ensembles.events import EventFile
+
     writer = EventFile(directory)
     writer.add_figure("execution/state", trace_figure(task, trace, labels, title))
     for number, margin in enumerate(trace.margins.tolist(), start=1):
@@ -272,11 +280,11 @@ class _Band:
     ink: str
     paper: str
     repeat: int
-    """Pixels a bit; registers are few among many memory cells, and small otherwise."""
+    """Number of pixels for each bit; registers are few among many memory cells, and small otherwise."""
 
 
 def _bands(task: SBN, trace: Trace) -> list[_Band]:
-    """What the machine does, what it holds in hand, and its memory; the highest bit of a number on top."""
+    """Return bands for phases, registers and memory; the highest bit of a number on top."""
     changing = (trace.states != trace.states[0]).any(0).tolist()
     tall = 2 if task.cells >= 32 else 1
     phases = tuple(bit for name in PHASES for bit in task.layout[name])
@@ -306,7 +314,7 @@ def _rgb(bands: list[_Band], tone: str) -> UInt8[NDArray[np.uint8], "rows 3"]:
 
 
 def _name_rows(axes: Axes, bands: list[_Band], task: SBN, labels: Mapping[str, int]) -> None:
-    """Field names on the left, the program's own labels on the right."""
+    """Put field names on the left, the program's own labels on the right."""
     middles: dict[str, float] = {}
     start = 0
     for band in bands:

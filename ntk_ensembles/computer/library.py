@@ -1,11 +1,11 @@
-"""Programs in assembly that come with the package, and program files of a user's (DESIGN §5).
+"""Programs in assembly that come with the package, and program files of a user's.
 
 The comment at the top of a library file says, in a form that is read here, what the program is:
 
     # What it computes, up to the first empty comment line.
-    # cells: 64                      only if it needs exactly so many
+    # cells: 64                      only if it needs exactly this number
     # input x: 0 to max              a label, and the range that the program is right for
-    # input data[6]: min/2 to max/2  so many cells from a label on
+    # input data[6]: min/2 to max/2  that many cells from a label on
     # result root: what it is        likewise
 
 ``min`` and ``max`` are the least and the greatest word. A rule in the file's name (``gcd.negative.asm``) says that
@@ -38,9 +38,9 @@ class Field:
     """An input or a result of a library program.
 
     Attributes:
-        label: of its first cell.
-        count: so many cells.
-        text: its range, for an input; what it is, for a result.
+        label: Label of its first cell.
+        count: Number of cells.
+        text: Range of an input; meaning of a result.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Field:
     text: str
 
     def bounds(self, word_bits: int) -> tuple[int, int]:
-        """The least and the greatest value of an input in words of so many bits."""
+        """Return the least and the greatest value of an input in words of ``word_bits`` bits."""
         match = _RANGE.fullmatch(self.text)
         if match is None:
             raise ValueError(f"{self.label}: {self.text!r} is no range")
@@ -70,15 +70,15 @@ class LibraryProgram:
     """A program that comes with the package.
 
     Attributes:
-        name: to run it by.
-        branches: the rules under which this source is right.
-        summary: what it computes.
-        inputs: what may be set before it runs; the source holds an example.
-        results: where to look when it has halted.
-        cells: of the machine: the smallest that holds it.
-        exact: whether it is right in a machine of so many cells alone.
-        source: the assembly.
-        file: its name.
+        name: Name to run it by.
+        branches: Rules under which this source is right.
+        summary: What it computes.
+        inputs: Inputs that may be set before it runs; the source holds an example.
+        results: Results to read when it has halted.
+        cells: Number of cells of the smallest machine that holds it.
+        exact: Whether it is right in a machine of exactly ``cells`` cells alone.
+        source: Assembly.
+        file: Name of the source file.
     """
 
     name: str
@@ -92,11 +92,11 @@ class LibraryProgram:
     file: str
 
     def assemble(self, *, cells: int | None = None, word_bits: int = 8) -> Assembly:
-        """The program for a machine.
+        """Assemble the program for a machine.
 
         Raises:
-            ValueError: too few cells, or others than an exact program needs.
-            AssemblyError: words that the machine cannot hold.
+            ValueError: There are too few cells, or others than an exact program needs.
+            AssemblyError: The machine cannot hold a word.
         """
         if self.exact and cells not in (None, self.cells):
             raise ValueError(f"{self.name} runs in exactly {self.cells} cells, as its addresses count to their end")
@@ -105,7 +105,7 @@ class LibraryProgram:
 
 @cache
 def library_programs() -> tuple[LibraryProgram, ...]:
-    """All programs that come with the package, by name; one for each rule where the sources differ."""
+    """Return all programs that come with the package, by name; one for each rule where the sources differ."""
     folder = resources.files("ntk_ensembles.computer") / "programs"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".asm")), key=lambda file: file.name)
     return tuple(_parse(file.name, file.read_text(encoding="utf-8")) for file in files)
@@ -139,10 +139,10 @@ def _parse(file: str, source: str) -> LibraryProgram:
 
 
 def find_program(name: str, branch: Branch) -> LibraryProgram:
-    """The library's program of that name for a branch rule.
+    """Return the library's program of that name for a branch rule.
 
     Raises:
-        ValueError: an unknown name, or none for that rule.
+        ValueError: The name is unknown, or there is none for that rule.
     """
     named = [program for program in library_programs() if program.name == name]
     if not named:
@@ -157,20 +157,20 @@ def find_program(name: str, branch: Branch) -> LibraryProgram:
 def load_program(
     program: str, *, branch: Branch = "negative", cells: int | None = None, word_bits: int = 8
 ) -> Assembly:
-    """The words of a library program or of a file.
+    """Return the words of a library program or of a file.
 
     A file that ends in ``.asm`` is assembly and one that ends in ``.dec`` a raw image; any other is an image if
     it holds nothing but decimal integers, and assembly otherwise.
 
     Args:
-        program: a name in the library, or the path of a file; ``./gcd`` is a file where ``gcd`` is a name.
-        branch: the rule, for library programs.
-        cells: of the machine; by default as few as hold the program.
+        program: Name in the library, or path of a file; ``./gcd`` is a file where ``gcd`` is a name.
+        branch: Branch rule, for library programs.
+        cells: Number of cells of the machine; by default as few as hold the program.
         word_bits: Number of bits w of a cell.
 
     Raises:
-        ValueError: no such program, a file that cannot be read or has no words, or words that do not fit the machine
-            (`AssemblyError` where they are assembly).
+        ValueError: There is no such program, the file cannot be read or has no words, or the words do not fit the
+            machine (`AssemblyError` in assembly).
     """
     if program in _names():
         return find_program(program, branch).assemble(cells=cells, word_bits=word_bits)

@@ -1,13 +1,13 @@
-"""The OR-machine on bit planes: 64 states a word, templates compiled once into few operations on many words.
+"""Two fast ways to match templates: by lists of positions for a few states, on bit planes for many.
 
-A batch of states is an array of unsigned 64-bit words, one row a bit of the state: bit l of word w belongs to
-state 64w + l, its *lane*. `BitPlaneMatcher` counts matches in that form, exactly as `TemplateSet.matches` and
-`TemplateSet.counts` do:
+On bit planes a batch of states is an array of unsigned 64-bit integers, one row (plane) for each bit of the state. Bit
+l of column w belongs to state 64w + l, its *lane*. `BitPlaneMatcher` compiles templates once into few operations on
+many columns, and counts exactly what `TemplateSet.matches` and `TemplateSet.set_counts` count:
 
-- conditions that begin alike share their conjunctions (a trie of literals, the most frequent first), and a
-  level of the trie is one operation on all its rows;
-- templates of which one wants a bit 1 and the other wants it 0 never match together, so that a *clique* of
-  them, each against each, adds its OR to a count: cliques are found once, from the conditions alone;
+- conditions that begin alike share their conjunctions (a trie of literals, the most frequent first), and a level of the
+  trie is one operation on all its rows;
+- of templates that conflict, each with each, at most one matches, so such a *clique* adds its OR to a count: cliques
+  are found once, from the conditions alone;
 - carry-save adders turn the cliques' planes into binary digits of s and of every C_j.
 """
 
@@ -31,24 +31,26 @@ from ntk_ensembles.templates.templates import Template, TemplateSet
 
 
 class SparseMatcher:
-    """Counts like `TemplateSet.matches` and `TemplateSet.counts`, quickest for a handful of states.
+    """Templates as lists of positions: counts like `TemplateSet`, fastest for a handful of states.
 
     Memory is k times the longest condition and the most bits that one template sets; no k × m matrix.
 
     Args:
-        templates: the templates.
+        templates: Templates of the task.
     """
 
     def __init__(self, templates: TemplateSet) -> None:
-        rules, bits = templates.templates, templates.layout.bits
+        entries, bits = templates.templates, templates.layout.bits
         self._bits = bits
         # Literals 0 … m − 1 are the bits, m … 2m − 1 their complements; literal 2m is always true.
-        self._conditions = _padded([[*rule.ones, *(bits + bit for bit in rule.zeros)] for rule in rules], 2 * bits).T
+        self._conditions = _padded(
+            [[*template.ones, *(bits + bit for bit in template.zeros)] for template in entries], 2 * bits
+        ).T
         # What a template sets beyond its last bit is bit m, which is dropped.
-        self._sets = _padded([list(rule.sets) for rule in rules], bits)
+        self._sets = _padded([list(template.sets) for template in entries], bits)
 
     def matches(self, states: Bool[NDArray[np.bool_], "states bits"]) -> Bool[NDArray[np.bool_], "states templates"]:
-        """Which templates match each state."""
+        """Return which templates match each state."""
         count, bits = states.shape
         literals = np.ones((count, 2 * bits + 1), np.bool_)
         literals[:, :bits] = states
@@ -75,17 +77,17 @@ def _padded(rows: list[list[int]], filler: int) -> NDArray[np.intp]:
 
 
 LANES = 64
-"""States in a word."""
+"""Number of states in a column."""
 
 Planes: TypeAlias = NDArray[np.uint64]
 
 _WORKING_SET_BYTES = 1 << 22
-"""What a micro-step should touch at most, so that it stays in a core's cache."""
-_WORDS_MIN, _WORDS_MAX = 16, 1024
+"""Memory that a micro-step should touch at most, so that it stays in a core's cache."""
+_COLUMNS_MIN, _COLUMNS_MAX = 16, 1024
 
 
 def pack(states: Bool[Tensor, "states bits"]) -> UInt64[Planes, "bits columns"]:
-    """States as bit planes; lanes beyond the last state are zero."""
+    """Return states as bit planes; lanes beyond the last state are zero."""
     digits = np.packbits(np.ascontiguousarray(states.numpy().T), axis=1, bitorder="little")
     planes = np.zeros((states.shape[1], columns_for(len(states)) * LANES // 8), np.uint8)
     planes[:, : digits.shape[1]] = digits
@@ -93,46 +95,46 @@ def pack(states: Bool[Tensor, "states bits"]) -> UInt64[Planes, "bits columns"]:
 
 
 def unpack(planes: UInt64[Planes, "bits columns"], count: int) -> Bool[Tensor, "states bits"]:
-    """The first ``count`` states of planes; the inverse of `pack`."""
+    """Return the first ``count`` states of planes; the inverse of `pack`."""
     digits = np.unpackbits(planes.view(np.uint8), axis=1, count=count, bitorder="little")
     return torch.from_numpy(np.ascontiguousarray(digits.T).view(np.bool_))
 
 
 def columns_for(states: int) -> int:
-    """How many words so many states fill."""
+    """Return the number of columns that a number of states fill."""
     return -(-states // LANES)
 
 
 def from_integers(values: Integer[NDArray[np.integer[Any]], " lanes"], digits: int) -> UInt64[Planes, "digits columns"]:
-    """A plane for each of the lowest binary digits of the integers in all lanes; as many lanes as fill words."""
+    """Return a plane for each of the lowest binary digits of integers, one a lane; they must fill whole columns."""
     planes = [np.packbits(values >> digit & 1, bitorder="little").view(np.uint64) for digit in range(digits)]
     return np.stack(planes)
 
 
 def to_mask(planes: UInt64[Planes, " columns"]) -> Bool[NDArray[np.bool_], " lanes"]:
-    """One plane as a boolean a lane."""
+    """Return one plane as a boolean for each lane."""
     return np.unpackbits(planes.view(np.uint8), bitorder="little").view(np.bool_)
 
 
 def to_integers(planes: UInt64[Planes, "digits columns"]) -> UInt[NDArray[np.unsignedinteger[Any]], " lanes"]:
-    """The integer in every lane, the first plane its lowest digit: the inverse of `from_integers`.
+    """Return the integer in every lane, the first plane its lowest digit; the inverse of `from_integers`.
 
     Returns:
-        The smallest unsigned type that holds so many digits.
+        Integers of the smallest unsigned type that has a digit for each plane.
 
     Raises:
-        ValueError: more than 64 planes.
+        ValueError: There are more than 64 planes.
     """
     octets = next((size for size in (1, 2, 4, 8) if len(planes) <= 8 * size), None)
     if octets is None:
         raise ValueError(f"{len(planes)} planes: expected at most 64")
-    words = planes.shape[1]
+    columns = planes.shape[1]
     padded = planes
     if len(planes) < 8 * octets:
-        padded = np.zeros((8 * octets, words), np.uint64)
+        padded = np.zeros((8 * octets, columns), np.uint64)
         padded[: len(planes)] = planes
-    # A word of eight octets, one a plane, is an 8 × 8 matrix of bits; its transpose has one octet a lane.
-    octet_columns = padded.view(np.uint8).reshape(octets, 8, words * 8).transpose(0, 2, 1)
+    # Eight octets, one from each plane, are an 8 × 8 matrix of bits; its transpose has one octet for each lane.
+    octet_columns = padded.view(np.uint8).reshape(octets, 8, columns * 8).transpose(0, 2, 1)
     square = np.ascontiguousarray(octet_columns).view(np.uint64)
     for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
         swapped = square >> np.uint64(shift)
@@ -141,7 +143,7 @@ def to_integers(planes: UInt64[Planes, "digits columns"]) -> UInt[NDArray[np.uns
         square ^= swapped
         swapped <<= np.uint64(shift)
         square ^= swapped
-    lanes = square.view(np.uint8).reshape(octets, words * LANES)
+    lanes = square.view(np.uint8).reshape(octets, columns * LANES)
     return np.ascontiguousarray(lanes.T).view(f"<u{octets}")[:, 0]
 
 
@@ -150,9 +152,9 @@ class BitGroup:
     """Bits of the state that are counted together.
 
     Attributes:
-        bits: their positions.
-        fan_in: F_j of each.
-        set_count_max: no state has a larger C_j at any of them.
+        bits: Positions of the bits.
+        fan_in: Fan-in F_j of each.
+        set_count_max: Bound on C_j: no state has a larger one at any of them.
     """
 
     bits: NDArray[np.intp]
@@ -179,29 +181,29 @@ class PlaneCounts:
 
 
 class BitPlaneMatcher:
-    """Templates as operations on planes.
+    """Templates as operations on bit planes, fastest for many states.
 
-    Compiling takes time and memory in proportion to the number of literals in all conditions, and tests pairs
-    of templates that set the same bit.
+    Compiling takes time and memory in proportion to the number of literals in all conditions, and tests pairs of
+    templates that set the same bit.
 
     Args:
-        templates: the templates.
+        templates: Templates of the task.
 
     Attributes:
-        groups: the bits of the state by fan-in and largest C_j; together all of them.
-        num_matches_max: no state matches more templates.
-        words: how many columns of planes are best worked on at a time.
+        groups: Bits of the state by fan-in and largest C_j; together all of them.
+        num_matches_max: Bound on s: no state matches more templates.
+        columns: Number of columns of planes that are best worked on at a time.
     """
 
     def __init__(self, templates: TemplateSet) -> None:
-        rules = templates.templates
+        entries = templates.templates
         self._bits = templates.layout.bits
         setters: list[list[int]] = [[] for _ in range(self._bits)]
         # In s each template counts once: with those that have the same first bit.
         by_first_bit: dict[int, list[int]] = {}
-        for index, rule in enumerate(rules):
-            by_first_bit.setdefault(min(rule.sets, default=-1), []).append(index)
-            for bit in rule.sets:
+        for index, template in enumerate(entries):
+            by_first_bit.setdefault(min(template.sets, default=-1), []).append(index)
+            for bit in template.sets:
                 setters[bit].append(index)
         of_bit = [_cliques(templates, indices) for indices in setters]
         in_all = [
@@ -222,7 +224,9 @@ class BitPlaneMatcher:
             np.array([[union_row[clique] for clique in of_bit[bit]] for bit in group.bits], np.intp)
             for group in self.groups
         ]
-        self._levels, condition_row = _conjunctions(rules, self._bits, [index for clique in unions for index in clique])
+        self._levels, condition_row = _conjunctions(
+            entries, self._bits, [index for clique in unions for index in clique]
+        )
         # Cliques of one size are united together; a row a clique.
         self._unions = [
             np.array([[condition_row[index] for index in clique] for clique in unions if len(clique) == size])
@@ -230,7 +234,7 @@ class BitPlaneMatcher:
         ]
         self._rows = 2 * self._bits + sum(len(level) for level in self._levels)
         rows = self._rows + 2 * len(unions) + 4 * self._bits
-        self.columns = min(max(_WORKING_SET_BYTES // (8 * rows), _WORDS_MIN), _WORDS_MAX)
+        self.columns = min(max(_WORKING_SET_BYTES // (8 * rows), _COLUMNS_MIN), _COLUMNS_MAX)
 
     def match_and_count(self, planes: UInt64[Planes, "bits columns"]) -> PlaneCounts:
         """Count s and C_j of every state."""
@@ -248,7 +252,7 @@ class BitPlaneMatcher:
         return PlaneCounts(np.concatenate(num_matches), set_counts)
 
     def union(self, counts: PlaneCounts) -> UInt64[Planes, "bits columns"]:
-        """The OR-machine's next states: 1 where C_j > 0."""
+        """Return the template machine's next states: 1 where C_j > 0."""
         next_states = np.empty((self._bits, counts.num_matches.shape[1]), np.uint64)
         for group, digits in zip(self.groups, counts.set_counts, strict=True):
             next_states[group.bits] = above_zero(digits)
@@ -256,18 +260,18 @@ class BitPlaneMatcher:
 
 
 def above_zero(digits: list[UInt64[Planes, "rows columns"]]) -> UInt64[Planes, "rows columns"]:
-    """Where numbers given by their digits are above 0."""
+    """Return where numbers given by their digits are above 0."""
     return functools.reduce(operator.or_, digits)
 
 
 def equal(digits: list[UInt64[Planes, "rows columns"]], number: int) -> UInt64[Planes, "rows columns"]:
-    """Where numbers given by their digits are this one."""
+    """Return where numbers given by their digits equal ``number``."""
     literals = [digit if number >> place & 1 else ~digit for place, digit in enumerate(digits)]
     return functools.reduce(operator.and_, literals)
 
 
 def add(planes: UInt64[Planes, "rows addends columns"]) -> list[UInt64[Planes, "rows columns"]]:
-    """How many of a row's addends are 1 in each lane, in binary digits, the lowest first.
+    """Add planes: return how many of a row's addends are 1 in each lane, in binary digits, the lowest first.
 
     Returns:
         As many digits as the number of addends has, at least one.
@@ -295,7 +299,7 @@ def add(planes: UInt64[Planes, "rows addends columns"]) -> list[UInt64[Planes, "
 
 
 def _either(planes: UInt64[Planes, "rows members columns"]) -> UInt64[Planes, "rows columns"]:
-    """The OR over members, by halves: few long operations cost less than many short ones."""
+    """Return the OR over members, by halves: few long operations cost less than many short ones."""
     while (count := planes.shape[1]) > 1:
         half = count // 2
         united = planes[:, :half] | planes[:, half : 2 * half]
@@ -306,7 +310,7 @@ def _either(planes: UInt64[Planes, "rows members columns"]) -> UInt64[Planes, "r
 
 
 def _take(rows: UInt64[Planes, "rows columns"], chosen: NDArray[np.intp]) -> Planes:
-    """Rows by an array of their indices, which gives the first axes of the result; a view where that is possible."""
+    """Return rows by an array of their indices, which gives the first axes of the result; a view where possible."""
     flat = chosen.reshape(-1)
     if len(flat) and flat[-1] - flat[0] == len(flat) - 1 and (flat[1:] > flat[:-1]).all():
         taken = rows[flat[0] : flat[-1] + 1]
@@ -323,21 +327,21 @@ def _cliques(templates: TemplateSet, indices: Sequence[int]) -> list[tuple[int, 
 
 
 def _conjunctions(
-    rules: Sequence[Template], bits: int, order: Sequence[int]
+    entries: Sequence[Template], bits: int, order: Sequence[int]
 ) -> tuple[list[NDArray[np.intp]], list[int]]:
-    """Rows that conditions are built from.
+    """Return the rows that conditions are built from.
 
     Rows 0 … m − 1 are the bits, m … 2m − 1 their complements, each later one the AND of two earlier ones.
 
     Args:
-        rules: the templates.
-        bits: m.
-        order: the templates in the order in which their rows will be read, which is the order of a level.
+        entries: Templates of the task.
+        bits: Number of bits m.
+        order: Templates in the order in which their rows will be read, which is the order of a level.
 
     Returns:
-        Level by level the two operands of each row; and the row that tells where each template matches.
+        Level by level the two operands of each row; and the row that says where each template matches.
     """
-    conditions = [(*rule.ones, *(bits + bit for bit in rule.zeros)) for rule in rules]
+    conditions = [(*template.ones, *(bits + bit for bit in template.zeros)) for template in entries]
     frequency = Counter(literal for condition in {frozenset(c) for c in conditions} for literal in condition)
     paths = [tuple(sorted(condition, key=lambda literal: (-frequency[literal], literal))) for condition in conditions]
     row_of: dict[tuple[int, ...], int] = {(literal,): literal for literal in range(2 * bits)}

@@ -1,4 +1,4 @@
-"""What a decoder promises before any training: exactness, margins and members for all states (docs/theory.md, section 9).
+"""What a decoder promises before any training: exactness, margins and members (docs/theory.md, section 9).
 
 A prediction depends on a state and bit only through (s, C_j, F_j), so the states that matter are those at the bounds:
 for each bit and each C_j the largest and the smallest number of templates that can match. `certify` finds the worst of
@@ -482,7 +482,7 @@ def _describe(task: Task[Any, Any], certificate: Certificate) -> dict[str, Any]:
 
 
 def _describe_worst_case(task: Task[Any, Any], worst: WorstCase | None) -> dict[str, Any] | None:
-    """A state and bit in words: which bit, what sets it, and the state's fields that are not 0."""
+    """Return a state and bit in words: which bit, what sets it, and the state's fields that are not 0."""
     if worst is None:
         return None
     templates = task.templates.templates

@@ -142,7 +142,7 @@ def margin_table(
     """Tabulate means, decoded bits and margins: predictions depend on nothing but s, C_j and F_j.
 
     Args:
-        predictor: LimitPrediction, padding included.
+        predictor: Theory, padding included.
         decoder: One of `DECODERS`.
         num_matches_max: Largest s.
         set_counts: C_j of each column.
@@ -272,7 +272,7 @@ def exact_match_band(
     scaled by 1/√N. Ties are decoded at random, as in `bit_error_probability`.
 
     Args:
-        predictor: LimitPrediction of the ensemble.
+        predictor: Theory of the ensemble.
         matches: Templates that match each evaluation state.
         next_states: True next states.
         decoder: One of `DECODERS`.

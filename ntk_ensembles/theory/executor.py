@@ -64,9 +64,9 @@ class Step(Generic[BatchT]):
     """
 
     batch: BatchT
-    margins: Float64[Tensor, " states"]
-    agreed: Bool[Tensor, " states"]
-    moved: Bool[Tensor, " states"]
+    margins: Float64[NDArray[np.float64], " states"]
+    agreed: Bool[NDArray[np.bool_], " states"]
+    moved: Bool[NDArray[np.bool_], " states"]
 
 
 @runtime_checkable
@@ -94,7 +94,7 @@ class Stepper(Protocol[BatchT]):
         """Return the states of a batch."""
         ...
 
-    def select(self, batch: BatchT, moved: Bool[Tensor, " states"]) -> BatchT | None:
+    def select(self, batch: BatchT, moved: Bool[NDArray[np.bool_], " states"]) -> BatchT | None:
         """Return the batch of these states alone; None if the others may as well stay in it."""
         ...
 
@@ -116,9 +116,11 @@ class TensorStepper:
         """Return the batch itself."""
         return batch
 
-    def select(self, batch: Bool[Tensor, "states bits"], moved: Bool[Tensor, " states"]) -> Bool[Tensor, "_ bits"]:
+    def select(
+        self, batch: Bool[Tensor, "states bits"], moved: Bool[NDArray[np.bool_], " states"]
+    ) -> Bool[Tensor, "_ bits"]:
         """Return these states alone."""
-        return batch[moved]
+        return batch[torch.from_numpy(moved)]
 
 
 def decoded_step(
@@ -135,14 +137,14 @@ def decoded_step(
         states: States that were predicted from.
         mean: Mean output of the ensemble.
         decoder: One of `DECODERS`.
-        predictor: LimitPrediction of the ensemble, for the thresholds.
+        predictor: Theory of the ensemble, for the thresholds.
         num_matches: Number of templates s that match each state.
         set_counts: Number C_j of these that set bit j.
     """
     true = set_counts > 0
     decoded, margins = decode_mean(mean, decoder, predictor, num_matches, true)
     smallest = margins.min(1).values.masked_fill(num_matches == 0, torch.inf)
-    return Step(decoded, smallest, (decoded == true).all(1), (decoded != states).any(1))
+    return Step(decoded, smallest.numpy(), (decoded == true).all(1).numpy(), (decoded != states).any(1).numpy())
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class Rollout:
 
 def micro_steps_of(
     stepper: Stepper[BatchT], batch: BatchT, micro_steps: int, *, every: bool = False, stop: Stop | None = None
-) -> Iterator[tuple[Int[Tensor, " states"] | None, Step[BatchT]]]:
+) -> Iterator[tuple[NDArray[np.intp] | None, Step[BatchT]]]:
     """Run the closed loop and yield its micro-steps: predict, decode, compare, feed back, until all states rest.
 
     Args:
@@ -192,7 +194,7 @@ def micro_steps_of(
     Yields:
         Which of the states are still in the batch, None for all; and the micro-step.
     """
-    rows: Tensor | None = None
+    rows: NDArray[np.intp] | None = None
     for _ in range(micro_steps):
         step = stepper.step(batch)
         yield rows, step
@@ -203,7 +205,7 @@ def micro_steps_of(
             if not step.moved.any():
                 return
             if (left := stepper.select(step.batch, step.moved)) is not None:
-                rows = step.moved.nonzero().flatten() if rows is None else rows[step.moved]
+                rows = np.flatnonzero(step.moved) if rows is None else rows[step.moved]
                 batch = left
                 continue
         batch = step.batch
@@ -256,38 +258,47 @@ def rollout(
 def _roll_chunk(
     stepper: Stepper[Any], states: Bool[Tensor, "states bits"], micro_steps: int, trace: bool, stop: Stop | None
 ) -> Rollout:
-    margins = torch.full((len(states),), torch.inf, dtype=torch.float64)
-    agreed = torch.ones(len(states), dtype=torch.bool)
-    finals = states.clone()
-    steps: list[Step[Any]] = []
-    last: tuple[Tensor | None, Step[Any] | None] = None, None
-    for rows, step in micro_steps_of(stepper, stepper.to_batch(states), micro_steps, every=trace, stop=stop):
+    margins = np.full(len(states), np.inf)
+    agreed = np.ones(len(states), np.bool_)
+    finals = states
+    kept: list[Step[Any]] = []
+    rows: NDArray[np.intp] | None = None
+    last: Step[Any] | None = None
+    for rows_now, step in micro_steps_of(stepper, stepper.to_batch(states), micro_steps, every=trace, stop=stop):
+        if rows_now is not rows and last is not None:
+            finals = _with_rows(finals, rows, stepper.to_states(last.batch))
+        rows, last = rows_now, step
         if rows is None:
-            torch.minimum(margins, step.margins, out=margins)
+            np.minimum(margins, step.margins, out=margins)
             agreed &= step.agreed
         else:
-            margins[rows] = margins[rows].minimum(step.margins)
+            margins[rows] = np.minimum(margins[rows], step.margins)
             agreed[rows] &= step.agreed
-        if last[1] is not None and last[0] is not rows:
-            _put(finals, last[0], stepper.to_states(last[1].batch))
-        last = rows, step
         if trace:
-            steps.append(step)
-    if last[1] is not None:
-        _put(finals, last[0], stepper.to_states(last[1].batch))
-    return Rollout(finals, margins, agreed, _joined(stepper, states, steps) if trace else None)
+            kept.append(step)
+    finals = states.clone() if last is None else _with_rows(finals, rows, stepper.to_states(last.batch))
+    return Rollout(
+        finals,
+        torch.from_numpy(margins),
+        torch.from_numpy(agreed),
+        _joined(stepper, states, kept) if trace else None,
+    )
 
 
-def _put(finals: Tensor, rows: Tensor | None, states: Tensor) -> None:
-    finals[slice(None) if rows is None else rows] = states
+def _with_rows(finals: Tensor, rows: NDArray[np.intp] | None, states: Tensor) -> Tensor:
+    """Return the final states with some of them replaced, None for all."""
+    if rows is None:
+        return states
+    finals[torch.from_numpy(rows)] = states
+    return finals
 
 
 def _joined(stepper: Stepper[Any], states: Bool[Tensor, "states bits"], steps: Sequence[Step[Any]]) -> Trace:
-    none = torch.empty(0, len(states), dtype=torch.float64)
+    none = np.empty((0, len(states)))
     return Trace(
         torch.stack([states, *(stepper.to_states(step.batch) for step in steps)]),
-        torch.cat([none, *(step.margins[None] for step in steps)]),
-        torch.cat([none.bool(), *(step.agreed[None] for step in steps)]),
+        torch.from_numpy(np.concatenate([none, *(step.margins[None] for step in steps)])),
+        torch.from_numpy(np.concatenate([none.astype(np.bool_), *(step.agreed[None] for step in steps)])),
     )
 
 
@@ -366,9 +377,8 @@ class NTKExecutor:
         """Return the states of a batch."""
         return unpack(batch.planes, batch.count) if isinstance(batch, PlaneBatch) else torch.from_numpy(batch)
 
-    def select(self, batch: NTKBatch, moved: Bool[Tensor, " states"]) -> NTKBatch | None:
-        """Return these states alone where they are few; on planes, resting states cost nothing."""
-        return None if isinstance(batch, PlaneBatch) else batch[moved.numpy()]
+    def select(self, batch: NTKBatch, moved: Bool[NDArray[np.bool_], " states"]) -> None:
+        """Leave resting states in the batch: on planes they cost nothing, and a few cost less than their removal."""
 
     def _step_few(self, states: Bool[NDArray[np.bool_], "states bits"]) -> Step[NTKBatch]:
         num_matches, set_counts = self._sparse.match_and_count(states)
@@ -376,9 +386,9 @@ class NTKExecutor:
         next_states = self._table.decoded[cells]
         return Step(
             next_states,
-            torch.from_numpy(self._table.margins[cells].min(1)),
-            torch.from_numpy((next_states == (set_counts > 0)).all(1)),
-            torch.from_numpy((next_states != states).any(1)),
+            self._table.margins[cells].min(1),
+            (next_states == (set_counts > 0)).all(1),
+            (next_states != states).any(1),
         )
 
     def _step_planes(self, batch: PlaneBatch) -> Step[NTKBatch]:
@@ -387,9 +397,9 @@ class NTKExecutor:
         moved = np.bitwise_or.reduce(planes ^ batch.planes, axis=0)
         return Step(
             PlaneBatch(planes, batch.count),
-            torch.from_numpy(self.plane_margins(counts)[: batch.count]),
-            torch.from_numpy(to_mask(~wrong)[: batch.count]),
-            torch.from_numpy(to_mask(moved)[: batch.count]),
+            self.plane_margins(counts)[: batch.count],
+            to_mask(~wrong)[: batch.count],
+            to_mask(moved)[: batch.count],
         )
 
     def decode_planes(self, counts: PlaneCounts) -> tuple[UInt64[Planes, "bits columns"], UInt64[Planes, " columns"]]:
@@ -493,7 +503,7 @@ class _DecodingTable:
 class _MarginLookup:
     """The smallest margin of every lane, over all bits or those with C_j > 0 or with C_j = 0.
 
-    Columns of `_DecodingTable` with the same margins form a class. What a lane's smallest margin is depends on its s and
+    Columns of `_DecodingTable` with the same margins form a class. A lane's smallest margin depends on its s and
     on which classes its bits belong to. A class that some bit of every state belongs to needs no look-up, nor does one
     whose margins are nowhere smaller.
     """

@@ -73,9 +73,11 @@ class Launch:
             return cls(name=name)
         world = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
         rank, local_rank = _number(environ, "SLURM_PROCID", 0, world - 1), _number(environ, "SLURM_LOCALID", 0)
-        slurm = SLURMEnvironment(auto_requeue=False)
         nodes = _number({"SLURM_STEP_NUM_NODES": "1", **environ}, "SLURM_STEP_NUM_NODES", 1, world)
-        return cls(rank, world, local_rank, -(-world // nodes), (slurm.main_address, slurm.main_port), name)
+        host = SLURMEnvironment.resolve_root_node_address(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        # Jobs that share a machine meet at different ports.
+        port = 10_000 + sum(map(ord, environ.get("SLURM_JOB_ID", ""))) * 97 % 20_000
+        return cls(rank, world, local_rank, -(-world // nodes), (host, port), name)
 
     @contextmanager
     def meeting(self) -> Iterator[None]:

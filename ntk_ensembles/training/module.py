@@ -172,11 +172,13 @@ class EnsembleModule(LightningModule):
     def _log_losses(self, losses: Tensor, relative: Tensor | None) -> None:
         """Log the mean squared training errors of the members."""
         values = {"train/loss_max": losses.max(), "train/loss_median": losses.median(), "train/loss_min": losses.min()}
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        # An epoch of Descent is one step; logged by epoch, no step is left out by the trainer's logging interval.
+        by_step = self._make_optimizer is not None
+        self.log_dict(values, on_step=by_step, on_epoch=not by_step, batch_size=1)
         if relative is not None:
             running = float(sum(status.running for status in self.statuses))
             progress: dict[str, Tensor | float] = {"train/relative_loss_max": relative.max(), "train/running": running}
-            self.log_dict(progress, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+            self.log_dict(progress, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
 
     def on_train_end(self) -> None:
         """Free what only training needs."""

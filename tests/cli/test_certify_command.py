@@ -43,7 +43,7 @@ def test_the_sign_rule_that_cannot_be_exact_names_bit_group_and_padding(capsys: 
     printed = " ".join(capsys.readouterr().out.split())
     assert "sign fails at bit shift[0]" in printed
     assert "of group 'skip addition'" in printed
-    assert "zero-label templates more (padding)" in printed
+    assert "padding templates (without a label)" in printed
     found = certificate(capsys, "--task", "multiplication", "--bits", "3", "--decode", "sign", status=1)
     sign = found["decoders"]["sign"]
     assert sign["all_states"]["exact"] is False

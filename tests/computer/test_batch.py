@@ -7,6 +7,7 @@ import random
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,14 +133,14 @@ class Scripted(TensorStepper):
     def step(self, batch: Bool[Tensor, "states bits"]) -> Step[Tensor]:
         self._calls += 1
         next_states = self._task.templates.micro_step(batch)
-        agreed = torch.ones(len(batch), dtype=torch.bool)
+        agreed = np.ones(len(batch), np.bool_)
         if self._calls == self._at:
             agreed[:] = not self._admits
             if self._bit is not None:
                 next_states[:, self._bit] ^= True
         margin = float(self._calls)
-        margins = torch.full((len(batch),), margin, dtype=torch.float64)
-        return Step(next_states, margins, agreed, (next_states != batch).any(1))
+        margins = np.full(len(batch), margin)
+        return Step(next_states, margins, agreed, (next_states != batch).any(1).numpy())
 
 
 def halting(task: SBN, instructions: int = 50) -> Program:

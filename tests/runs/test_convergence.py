@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ntk_ensembles.runs import convergence_rows, ensemble_sizes
-from ntk_ensembles.runs import convergence as convergence_module
 from ntk_ensembles.tasks import Addition, EvaluationSet
 from ntk_ensembles.theory import LimitPrediction
 
@@ -64,4 +63,6 @@ def test_rows_match_limit_where_deviations_are_drawn_from_it() -> None:
         assert spread is not None
         error = spread / math.sqrt(400 // row["members"])
         # Four standard errors of the mean over groups, and of a rare failure that no group may have met.
-        assert row["exact_match"]["midpoint"] == pytest.approx(row["predicted_exact_match"]["midpoint"], abs=4 * error + 1e-5)
+        assert row["exact_match"]["midpoint"] == pytest.approx(
+            row["predicted_exact_match"]["midpoint"], abs=4 * error + 1e-5
+        )

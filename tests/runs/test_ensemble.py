@@ -12,9 +12,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ntk_ensembles import SBN, Addition, Ensemble, EvaluationSet, MLPStack, Permutation, RunOptions, TwoLayerMLP, train
+from ntk_ensembles.runs import MemberResults, Run, RunStore, StoreError, merge_runs
 from ntk_ensembles.tasks import Program
 from ntk_ensembles.theory import NTKExecutor, rollout
-from ntk_ensembles.runs import MemberResults, Run, RunStore, StoreError, merge_runs
 
 QUIET = Console(quiet=True)
 OPTIONS = RunOptions(width=600, ensemble=8, evaluation_states=60, tolerance=1e-6, cohort=3)
@@ -110,13 +110,14 @@ def test_a_step_tells_margins_and_agreement(added: Path) -> None:
     limit = rollout(NTKExecutor(task.templates), evaluation.states, 1)
     assert (step.margins > 0).all()
     some = limit.margins.isfinite()
-    assert torch.equal(step.margins[:-1].isfinite(), some)
-    assert float((step.margins[:-1] - limit.margins)[some].abs().max()) < 0.1
+    margins = torch.from_numpy(step.margins)
+    assert torch.equal(margins[:-1].isfinite(), some)
+    assert float((margins[:-1] - limit.margins)[some].abs().max()) < 0.1
     one = Ensemble.load(added, members=1).step(evaluation.states, "sign")
     wrong = (one.batch != evaluation.next_states).any(1)
     assert wrong.any()
-    assert torch.equal(one.agreed, ~wrong)
-    assert torch.equal(one.margins < 0, wrong)
+    assert torch.equal(torch.from_numpy(one.agreed), ~wrong)
+    assert torch.equal(torch.from_numpy(one.margins) < 0, wrong)
 
 
 def test_it_permutes(tmp_path: Path) -> None:

@@ -158,3 +158,18 @@ def test_no_number_of_members_helps_where_the_sign_rule_ties() -> None:
     assert certificate.tie
     assert certificate.members(0.5) is None
     assert members_for_states(predictor, "sign", evaluation.matches, evaluation.next_states, 0.5) is None
+
+
+def test_a_set_that_the_solver_stumbles_over() -> None:
+    """HiGHS 1.12 answers one of its questions with a "solve error" as long as presolve is on."""
+    templates = random_templates(2899, 5, 5)
+    predictor, bounds = TemplatePredictor(templates), MatchBounds(templates)
+    for decoder in DECODERS:
+        certificate = certify(predictor, bounds, decoder)
+        ones, zeros, right, _ = brute_force(predictor, decoder)
+        assert certificate.exact == right
+        assert certificate.ones is not None
+        assert certificate.ones.margin == pytest.approx(ones, abs=1e-12)
+        assert certificate.zeros is not None
+        assert certificate.zeros.margin == pytest.approx(zeros, abs=1e-12)
+    assert brute_force(TemplatePredictor(templates, sign_padding(predictor, bounds)), "sign")[2]

@@ -215,7 +215,7 @@ def train(labels: Tensor, width: int, members: int, antisymmetric: bool, x: Tens
     """Members trained by plain steps of size 1 of the whitened loss, written out: outputs at x, after and before."""
     generator = torch.Generator().manual_seed(8)
     scale = 1 / math.sqrt(SIZE * width)
-    whiten = InverseKernel.identity(SIZE)
+    whiten = InverseKernel.for_one_hot(SIZE)
     every = torch.cat([x, IDENTITY]).T.float()
     after, before = [], []
     for _ in range(0, members, 64):
