@@ -240,7 +240,10 @@ def command_lines(generator: random.Random, run: Path, folder: Path) -> Iterator
         for _ in range(generator.choice((1, 1, 1, 2, 3))):
             name = generator.choice(list(options))
             value = generator.choice(bad[options[name]])
-            arguments += [value] if not name else [name] if generator.random() < 0.05 else [name, value]
+            if not name:
+                arguments.insert(len(arguments[:1]), value)
+            else:
+                arguments += [name] if generator.random() < 0.05 else [name, value]
         if generator.random() < 0.1 and arguments[:1] == ["train"]:
             environment = generator.choice(ENVIRONMENTS)
         yield arguments, environment
@@ -644,7 +647,7 @@ def main() -> None:
             try_kills(options.kills, random.Random(options.seed), folder / "kills", report)
         part = [*SMALL, "--cohort", "2"]
         runs = [folder / kind for kind in ("addition", "sbn", "part")]
-        sbn = ["--task", "sbn", "--cells", "4", "--word-bits", "2", "--width", "64", "--evaluation-states", "20"]
+        sbn = ["--task", "sbn", "--cells", "4", "--word-bits", "2", "--width", "512", "--evaluation-states", "20"]
         trained([*part, "--ensemble", "4", "--out", str(runs[0])])
         trained([*sbn, "--tolerance", "1e-2", "--cohort", "2", "--ensemble", "4", "--out", str(runs[1])])
         trained([*part, "--ensemble", "2", "--first-member", "4", "--out", str(runs[2])])
