@@ -209,9 +209,11 @@ def _train_missing(run: Run, plan: _Plan, launch: Launch, console: Console, extr
         completed=finished,
         last_line=True,
     )
-    if finished == members:
-        return None, 0
     try:
+        if finished == members:
+            # The others have come to wait too, and would take this one for lost.
+            launch.wait()
+            return None, 0
         with stop_signals(), shown:
             if launch.world > 1 or run.experiment.options.devices == 1:
                 # Of other processes nothing is known but that they have as many members.

@@ -438,6 +438,11 @@ def test_torchrun_gives_the_numbers_of_one_process_also_when_a_worker_dies(whole
     (directory,) = (tmp_path / "runs").iterdir()
     assert shards[0].parents[1] == directory
     assert numbers(directory) == numbers(whole)
+    # With nothing left to do, they end together too.
+    process = torchrun(tmp_path, "--resume", str(directory))
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert numbers(directory) == numbers(whole)
 
 
 def test_torchrun_reports_bad_input_once(tmp_path: Path) -> None:
