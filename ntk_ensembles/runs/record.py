@@ -102,7 +102,7 @@ def to_data(task: Task[Any, Any], evaluation: EvaluationSet) -> tuple[dict[str, 
     tensors["trajectory_states"] = torch.cat([none, *evaluation.trajectories])
     lengths = [len(states) for states in evaluation.trajectories]
     tensors["trajectory_lengths"] = torch.tensor(lengths, dtype=torch.int64)
-    groups = [(name, len(list(block))) for name, block in itertools.groupby(t.group for t in templates)]
+    groups = [(name, len(list(block))) for name, block in itertools.groupby(str(t.group) for t in templates)]
     fields = [(name, len(layout[name])) for name in layout]
     return tensors, {"fields": json.dumps(fields), "groups": json.dumps(groups)}
 

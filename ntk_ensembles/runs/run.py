@@ -23,7 +23,7 @@ from ntk_ensembles.files import options_text, read_options, write_atomically
 from ntk_ensembles.runs.options import SAVED_OPTIONS, Experiment, RunOptions
 from ntk_ensembles.runs.record import from_data, to_data
 from ntk_ensembles.runs.results import Results, draw_results, results_of
-from ntk_ensembles.runs.store import MemberResults, RunStore, StoreError, first_difference, lock, plain
+from ntk_ensembles.runs.store import MemberResults, RunStore, StoreError, check_manifest, first_difference, lock, plain
 from ntk_ensembles.tasks import TASKS, Task
 
 TaskOrClass: TypeAlias = Task[Any, Any] | type[Task[Any, Any]]
@@ -208,7 +208,10 @@ def _begun(
     """
     # All that can be refused is refused before there is a directory.
     manifest, data = experiment.fingerprint(device_type), to_data(experiment.task, experiment.evaluation)
-    plain(manifest)
+    check_manifest(manifest)
+    from_data(experiment.task.name, {}, "", *data)
+    if clash := ", ".join(sorted(manifest["task_options"].keys() & {"task", *RunOptions.__dataclass_fields__})):
+        raise ValueError(f"task {experiment.task.name!r}: options {clash} belong to every run too; rename the task's")
     directory, made = prepare_directory(out, experiment.task.name)
     with lock(directory):
         run = Run(experiment, RunStore(directory, manifest))

@@ -334,7 +334,7 @@ class RunStore:
             if type(version) is not int:
                 raise ValueError("the format is no number")
             if version == FORMAT:
-                _check_manifest(manifest)
+                check_manifest(manifest)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{directory}: is no run directory (it has no {_MANIFEST})") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -511,11 +511,16 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _check_manifest(manifest: Mapping[str, Any]) -> None:
-    """Check what is used of a manifest before it is compared with the run's options and data."""
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Check what is used of a manifest before it is compared with the run's options and data.
+
+    Raises:
+        ValueError: It cannot be a run's.
+    """
+    plain(manifest)
     name, options = manifest["task"], manifest["task_options"]
     if not (isinstance(name, str) and 0 < len(name) <= _ECHO_MAX and name.isprintable()):
-        raise ValueError("the task's name cannot be used")
+        raise ValueError(f"the task's name cannot be used: expected up to {_ECHO_MAX} printable characters")
     if not isinstance(options, dict):
         raise ValueError("the task's options have no names")
     if manifest["device"] not in ("cpu", "cuda"):

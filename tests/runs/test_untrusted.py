@@ -245,8 +245,15 @@ def test_wrong_templates_are_refused_before_there_is_a_directory(tmp_path: Path)
     class Odd(Addition):
         options = {"bits": {2}}
 
-    with pytest.raises(ValueError, match="JSON"):
-        train(Odd(2), dataclasses.replace(OPTIONS, out=str(tmp_path / "run")), console=QUIET)
+    class Clash(Addition):
+        options = {"bits": 2, "width": 3}
+
+    class Loud(Addition):
+        name = "two\nlines"
+
+    for task, says in ((Odd(2), "JSON"), (Clash(2), "options width belong to every run"), (Loud(2), "name cannot be")):
+        with pytest.raises(ValueError, match=says):
+            train(task, dataclasses.replace(OPTIONS, out=str(tmp_path / "run")), console=QUIET)
     assert not list(tmp_path.iterdir())
 
 
