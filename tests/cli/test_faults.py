@@ -67,6 +67,7 @@ def test_a_loop_of_links_is_one_line(where: str, tmp_path: Path, capsys: pytest.
             assert (run / "results.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_few_bad_command_lines_and_mutations(tmp_path: Path) -> None:
     process = subprocess.run(
         [

@@ -78,6 +78,7 @@ def complaint(capsys: pytest.CaptureFixture[str], arguments: list[str], status: 
 # Self-contained.
 
 
+@pytest.mark.slow
 def test_a_run_is_usable_without_its_tasks_file_and_executes_none(
     foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +166,7 @@ def fail_at(patch: pytest.MonkeyPatch, call: int) -> None:
     patch.setattr(ntk_ensembles.files.os, "fsync", full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk_at_any_file_leaves_what_the_same_command_goes_on_with(
     exists: bool, added: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -197,6 +199,7 @@ def test_a_full_disk_at_any_file_leaves_what_the_same_command_goes_on_with(
     assert call > 10
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_file_leaves_what_the_same_command_goes_on_with(added: Path, tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, out=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
