@@ -567,7 +567,7 @@ def kill_workers(directory: Path, cohort: int, kills: int, generator: random.Ran
                 continue
             seen.update(workers)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(generator.uniform(0, 12))
+                process.wait(generator.uniform(0, 10))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(generator.choice(workers), signal.SIGKILL)
                 done += process.poll() is None
@@ -606,11 +606,11 @@ def try_kills(count: int, generator: random.Random, folder: Path, report: Report
                 done = kill_workers(directory, cohort, wanted, generator)
             else:
                 devices = 1 if kind == "alone" else 2
-                seconds = longest if devices == 1 else 12.0
+                seconds = longest if devices == 1 else 10.0
                 done = kill_forked(directory, cohort, devices, wanted, generator, seconds)
             if numbers(directory) != expected:
                 complaint = "the numbers are not those of the undisturbed run"
-            left = [path.name for path in directory.rglob(".*") if path.name != ".lock"]
+            left = [path.name for path in directory.rglob(".*") if not path.name.startswith(".lock")]
             complaint = complaint or (f"leaves {left}" if left else None)
         except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
             complaint = str(error)

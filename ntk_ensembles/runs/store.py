@@ -604,13 +604,17 @@ def _remedy(path: Path) -> str:
 
 
 @contextmanager
-def lock(directory: Path) -> Iterator[None]:
-    """Keep other processes out of a directory while this one writes there.
+def lock(directory: Path, name: str = ".lock") -> Iterator[None]:
+    """Keep other processes out of a directory, or out of their part of it, while this one writes there.
+
+    Args:
+        directory: The directory, which exists.
+        name: Name of the file that is locked.
 
     Raises:
         StoreError: Another process is writing there, or the directory cannot be locked.
     """
-    path = directory / ".lock"
+    path = directory / name
     # A link could lead to any file, and a pipe would have to be waited for.
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise StoreError(f"{path}: is no file; move it away")
@@ -623,3 +627,14 @@ def lock(directory: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def wait_for_lock(directory: Path, name: str) -> None:
+    """Wait until the process that holds a `lock` has released it or has died, and remove its file.
+
+    Args:
+        directory: The directory.
+        name: Name of the file that is locked.
+    """
+    with filelock.FileLock(directory / name, poll_interval=0.1):
+        (directory / name).unlink(missing_ok=True)

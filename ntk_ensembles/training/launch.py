@@ -1,4 +1,4 @@
-"""Processes of a run: which one this is, and what they agree on at the start and at the end.
+"""Processes of a run: which one this is, what they agree on at the start, and how they are stopped.
 
 Members are independent, and every process saves its own in the run directory: that is the exchange. torchrun and
 srun start processes by themselves; `train` starts some for ``devices``.
@@ -6,9 +6,11 @@ srun start processes by themselves; `train` starts some for ``devices``.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +21,10 @@ from typing import Any
 import psutil
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from torch import distributed
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, and documented
 
-_START_TIMEOUT = timedelta(minutes=5)
-_END_TIMEOUT = timedelta(days=365)
+_MEETING_TIMEOUT = timedelta(minutes=5)
+_SECONDS_BETWEEN_LOOKS = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Launch:
         local_rank: Number of this process on its machine.
         local_world: Number of processes on this machine.
         address: Host and port at which the processes meet; None for a process on its own.
+        has_store: Whether a store of `torch.distributed` is open there already.
+        attempt: Text that is another one each time the same processes are started again.
         name: Name that stays the same when the same job starts its processes again; None without one.
     """
 
@@ -43,6 +47,8 @@ class Launch:
     local_rank: int = 0
     local_world: int = 1
     address: tuple[str, int] | None = None
+    has_store: bool = False
+    attempt: str = "0"
     name: str | None = None
 
     @classmethod
@@ -61,10 +67,18 @@ class Launch:
             rank = _number(environ, "RANK", 0, world - 1)
             local_world = _number(environ, "LOCAL_WORLD_SIZE", 1, world)
             local_rank = _number(environ, "LOCAL_RANK", 0, local_world - 1)
-            address = (environ.get("MASTER_ADDR", "127.0.0.1"), _number(environ, "MASTER_PORT", 1, 65535))
             # The agent outlives the workers that it starts again.
             started = datetime.fromtimestamp(psutil.Process(os.getppid()).create_time())
-            return cls(rank, world, local_rank, local_world, address, f"{started:%Y%m%d-%H%M%S}")
+            return cls(
+                rank,
+                world,
+                local_rank,
+                local_world,
+                (environ.get("MASTER_ADDR", "127.0.0.1"), _number(environ, "MASTER_PORT", 1, 65535)),
+                environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+                environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+                f"{started:%Y%m%d-%H%M%S}",
+            )
         name = f"slurm-{environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environ else None
         if name is not None and (array := environ.get("SLURM_ARRAY_TASK_ID")):
             name = f"slurm-{environ.get('SLURM_ARRAY_JOB_ID', environ['SLURM_JOB_ID'])}_{array}"
@@ -77,72 +91,75 @@ class Launch:
         host = SLURMEnvironment.resolve_root_node_address(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
         # Jobs that share a machine meet at different ports.
         port = 10_000 + sum(map(ord, environ.get("SLURM_JOB_ID", ""))) * 97 % 20_000
-        return cls(rank, world, local_rank, -(-world // nodes), (host, port), name)
+        return cls(rank, world, local_rank, -(-world // nodes), (host, port), name=name)
 
-    @contextmanager
-    def meeting(self) -> Iterator[None]:
-        """Connect the processes for `agree` and `wait`, which do nothing for a process on its own.
+    def meet(self) -> Meeting:
+        """Connect to the other processes.
 
         Raises:
-            ValueError: Not all processes came within five minutes.
+            ValueError: The address does not answer within five minutes.
         """
-        if self.world == 1:
-            yield
-            return
-        assert self.address is not None
+        if self.address is None:
+            return Meeting(self, None)
         host, port = self.address
         try:
-            distributed.init_process_group(
-                "gloo",
-                init_method=f"tcp://{host}:{port}",
-                rank=self.rank,
-                world_size=self.world,
-                timeout=_START_TIMEOUT,
-            )
-        except (RuntimeError, distributed.DistError) as error:
-            raise ValueError(f"{self.world} processes were announced, but not all have come ({error})") from None
-        try:
-            yield
-        finally:
-            distributed.destroy_process_group()
+            # torchrun's agent has a store already; otherwise the first process opens one.
+            store = TCPStore(host, port, is_master=self.rank == 0 and not self.has_store, timeout=_MEETING_TIMEOUT)
+        except (RuntimeError, DistError) as error:
+            raise ValueError(f"the processes of the run cannot meet at {host}:{port} ({error})") from error
+        # The agent's store outlives workers that are started again.
+        return Meeting(self, PrefixStore(f"ntk_ensembles/{self.attempt}", store))
 
-    def agree(self, value: Any) -> Any:
-        """Return the first process's value, in every process.
 
-        Args:
-            value: What the first process passes; the others' is ignored.
+class Meeting:
+    """What the processes of a run agree on before each goes its own way.
+
+    A store of `torch.distributed`, without a process group: Lightning and torchmetrics would take that for one training
+    that has to be synchronised.
+
+    Args:
+        launch: Place of this process among them.
+        store: The store; None for a process on its own.
+    """
+
+    def __init__(self, launch: Launch, store: Any) -> None:
+        self._launch = launch
+        self._store = store
+
+    def tell(self, value: Any) -> None:
+        """Tell the other processes a plain value; for the first process."""
+        if self._store is not None:
+            self._store.set("value", json.dumps(value))
+
+    def hear(self) -> Any:
+        """Return what the first process tells; for the others.
 
         Raises:
-            PeerLostError: Another process has ended.
+            ValueError: It tells nothing within five minutes.
         """
-        if self.world == 1:
-            return value
-        values = [value]
-        try:
-            distributed.broadcast_object_list(values, src=0)
-        except RuntimeError as error:
-            raise PeerLostError from error
-        return values[0]
+        return json.loads(self._get("value"))
 
     def wait(self) -> None:
         """Wait until every process has come here.
 
         Raises:
-            PeerLostError: Another process has ended before.
+            ValueError: Not all have come within five minutes.
         """
-        if self.world == 1:
-            return
-        try:
-            distributed.monitored_barrier(timeout=_END_TIMEOUT)
-        except RuntimeError as error:
-            raise PeerLostError from error
+        if self._store is not None:
+            self._store.set(f"ready/{self._launch.rank}", "")
+            for rank in range(self._launch.world):
+                self._get(f"ready/{rank}")
 
-
-class PeerLostError(Exception):
-    """Another process of the run has ended before its work was done."""
-
-    def __init__(self) -> None:
-        super().__init__("another process of the run has ended")
+    def _get(self, key: str) -> bytes:
+        assert self._store is not None
+        deadline = time.monotonic() + _MEETING_TIMEOUT.total_seconds()
+        # A call that waits hears no signal, so it waits for a short time only.
+        while not self._store.check([key]):
+            if time.monotonic() > deadline:
+                raise ValueError(f"the {self._launch.world} processes of the run have not all come together")
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        value: bytes = self._store.get(key)
+        return value
 
 
 def _number(environ: Mapping[str, str], name: str, low: int, high: int | None = None) -> int:

@@ -10,7 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, Literal
@@ -39,9 +39,10 @@ from ntk_ensembles.runs import (
     print_report,
     print_warnings,
 )
+from ntk_ensembles.runs.store import lock, wait_for_lock
 from ntk_ensembles.tasks import Task
 from ntk_ensembles.training.data import evaluation_batches, template_batch
-from ntk_ensembles.training.launch import Launch, PeerLostError, StoppedError, share_cores, stop_signals
+from ntk_ensembles.training.launch import Launch, StoppedError, share_cores, stop_signals
 from ntk_ensembles.training.module import EnsembleModule
 
 _RESTARTS = 3
@@ -118,11 +119,10 @@ def train(
         raise OptionError("devices", options.devices, "1 with a trainer, logger or callbacks; or use torchrun")
     if launch.world > 1:
         share_cores(launch.local_world)
-    with launch.meeting():
-        if launch.rank:
-            _follow(launch, extras)
-            return None
-        return _lead(Experiment(task, options), launch, console, extras, started_at, called_at)
+    if launch.rank:
+        _follow(launch, extras)
+        return None
+    return _lead(Experiment(task, options), launch, console, extras, started_at, called_at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,38 +159,36 @@ def _lead(
 ) -> Results:
     """Begin or resume the run, train this process's share, and write the results when all members are finished."""
     options = experiment.options
-    processes = launch.world * options.devices
-    local = launch.local_world * options.devices
-    told_others = False
-    try:
-        size = choose_cohort(
-            experiment.recipe,
-            options.evaluation_states,
-            options.ensemble,
-            experiment.device,
-            options.cohort,
-            processes=local,
-        )
-        with begin_or_resume(experiment) as run:
+    with ExitStack() as stack:
+        meeting, plan = launch.meet(), None
+        try:
+            processes = launch.world * options.devices
+            size = choose_cohort(
+                experiment.recipe,
+                options.evaluation_states,
+                options.ensemble,
+                experiment.device,
+                options.cohort,
+                processes=launch.local_world * options.devices,
+            )
+            run = stack.enter_context(begin_or_resume(experiment))
             missing = run.missing()
             plan = _Plan.make(run, missing, size, processes)
-            launch.agree(plan)
-            told_others = True
-            _announce(run, missing, size, processes, console)
-            reason, status = _train_missing(run, plan, launch, console, extras)
-            with console.status("working out the statistics …"):
-                results = run.member_results()
-                if len(results):
-                    total = time.time() - started_at
-                    found = run.write_results(results, seconds_total=total, seconds_startup=called_at - started_at)
-                    print_report(found, run.directory, console)
-                    print_warnings(run.draw(results, found), console)
-            if reason is not None:
-                raise Interrupted(reason, status, run.directory, len(results), options.ensemble)
-            return found
-    finally:
-        if not told_others:
-            launch.agree(None)
+        finally:
+            meeting.tell(plan and dataclasses.astuple(plan))
+        meeting.wait()
+        _announce(run, missing, size, processes, console)
+        reason, status = _train_missing(run, plan, launch, console, extras)
+        with console.status("working out the statistics …"):
+            results = run.member_results()
+            if len(results):
+                total = time.time() - started_at
+                found = run.write_results(results, seconds_total=total, seconds_startup=called_at - started_at)
+                print_report(found, run.directory, console)
+                print_warnings(run.draw(results, found), console)
+        if reason is not None:
+            raise Interrupted(reason, status, run.directory, len(results), options.ensemble)
+        return found
 
 
 def _train_missing(run: Run, plan: _Plan, launch: Launch, console: Console, extras: _Extras) -> tuple[str | None, int]:
@@ -209,11 +207,9 @@ def _train_missing(run: Run, plan: _Plan, launch: Launch, console: Console, extr
         completed=finished,
         last_line=True,
     )
+    if finished == members and launch.world == 1:
+        return None, 0
     try:
-        if finished == members:
-            # The others have come to wait too, and would take this one for lost.
-            launch.wait()
-            return None, 0
         with stop_signals(), shown:
             if launch.world > 1 or run.experiment.options.devices == 1:
                 # Of other processes nothing is known but that they have as many members.
@@ -226,32 +222,40 @@ def _train_missing(run: Run, plan: _Plan, launch: Launch, console: Console, extr
                     console.print,
                     extras,
                 )
-                launch.wait()
+                for rank in range(1, launch.world):
+                    # Held until that process has finished its members, or has died.
+                    wait_for_lock(run.directory, _lock_of(rank))
             else:
                 _train_in_processes(run, plan, console, shown)
-            shown.advance(members - shown.completed)
+            missing = run.missing()
+            shown.update(members - len(missing))
     except StoppedError as stopped:
         return str(stopped), 128 + stopped.signum
-    except PeerLostError as lost:
-        return str(lost), 1
-    return None, 0
+    return ("a process has died", 1) if missing else (None, 0)
 
 
 def _follow(launch: Launch, extras: _Extras) -> None:
     """Train this process's share of what the first process has planned."""
-    plan: _Plan | None = launch.agree(None)
-    if plan is None:
-        # The first process says why.
-        raise SystemExit(2)
-    try:
-        with stop_signals():
-            run, cohorts = Run.open(plan.directory), plan.cohorts[launch.rank]
-            _train_cohorts(run, cohorts, launch.local_rank, lambda done, note: None, lambda line: None, extras)
-            launch.wait()
-    except StoppedError as stopped:
-        raise SystemExit(128 + stopped.signum) from None
-    except PeerLostError:
-        raise SystemExit(1) from None
+    with ExitStack() as stack:
+        meeting = launch.meet()
+        told = meeting.hear()
+        if told is None:
+            # The first process says why.
+            raise SystemExit(2)
+        plan = _Plan(*told)
+        stack.enter_context(lock(Path(plan.directory), _lock_of(launch.rank)))
+        meeting.wait()
+        try:
+            with stop_signals():
+                run, cohorts = Run.open(plan.directory), plan.cohorts[launch.rank]
+                _train_cohorts(run, cohorts, launch.local_rank, lambda done, note: None, lambda line: None, extras)
+        except StoppedError as stopped:
+            raise SystemExit(128 + stopped.signum) from None
+
+
+def _lock_of(rank: int) -> str:
+    """Return the name of the lock that a process other than the first holds while it trains."""
+    return f".lock-{rank}"
 
 
 def _train_in_processes(run: Run, plan: _Plan, console: Console, shown: Progress) -> None:
@@ -270,7 +274,7 @@ def _train_in_processes(run: Run, plan: _Plan, console: Console, shown: Progress
         except ProcessExitedException as died:
             _drain(queue, console, shown)
             if attempt == _RESTARTS:
-                raise PeerLostError from died
+                return
             cause = f"signal {died.signal_name}" if died.signal_name else f"exit status {died.exit_code}"
             console.print(f"a process has died ({cause}); starting its members again", highlight=False)
         finally:

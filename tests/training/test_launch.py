@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import threading
+import time
 
 import pytest
 import torch
@@ -30,13 +32,14 @@ SRUN = {
 
 
 def test_a_process_on_its_own() -> None:
-    assert Launch.detect({}) == Launch(0, 1, 0, 1, None, None)
+    assert Launch.detect({}) == Launch(0, 1, 0, 1, None, name=None)
 
 
 def test_torchrun() -> None:
     launch = Launch.detect(TORCHRUN)
     assert (launch.rank, launch.world, launch.local_rank, launch.local_world) == (3, 4, 1, 2)
     assert launch.address == ("node1", 29511)
+    assert launch.attempt != Launch.detect({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "1"}).attempt
     # The same for every worker, and when the agent starts them again.
     assert launch.name is not None
     assert launch.name == Launch.detect({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}).name
@@ -78,11 +81,36 @@ def test_broken_variables_are_refused(changes: dict[str, str], says: str) -> Non
 
 
 def test_a_process_on_its_own_agrees_with_itself_and_waits_for_nobody() -> None:
-    launch = Launch()
-    with launch.meeting():
-        assert launch.agree("plan") == "plan"
-        launch.wait()
+    meeting = Launch().meet()
+    meeting.tell("plan")
+    meeting.wait()
     assert not torch.distributed.is_initialized()
+
+
+def test_processes_agree_and_wait_for_each_other() -> None:
+    """Three processes as threads, which meet at a store of the first one's."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = found.getsockname()
+    log: list[object] = []
+
+    def follow(rank: int) -> None:
+        meeting = Launch(rank, 3, address=address).meet()
+        log.append(meeting.hear())
+        meeting.wait()
+        log.append("went on")
+
+    threads = [threading.Thread(target=follow, args=(rank,)) for rank in (1, 2)]
+    for thread in threads:
+        thread.start()
+    meeting = Launch(0, 3, address=address).meet()
+    meeting.tell({"members": [1, 2]})
+    time.sleep(0.3)
+    assert log == [{"members": [1, 2]}] * 2
+    meeting.wait()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert log[2:] == ["went on"] * 2
 
 
 @pytest.mark.parametrize(("signum", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
