@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ntk_ensembles.files import SaveError, read_options, write_atomically
+from ntk_ensembles.files import SaveError, options_text, read_options, write_atomically
 
 
 def test_what_fails_halfway_leaves_what_was_there(tmp_path: Path) -> None:
@@ -161,3 +161,35 @@ def test_what_is_no_file_of_options(tmp_path: Path) -> None:
     for name, says in (("pipe", "is no file"), (".", "is no file"), ("nope.yaml", "there is no such file")):
         with pytest.raises(ValueError, match=says):
             read_options(tmp_path / name)
+
+
+def test_options_are_read_back_as_they_were(tmp_path: Path) -> None:
+    values = {
+        "a": "1e-6",
+        "b": 1e-6,
+        "c": 1e300,
+        "d": "1.5",
+        "e": [1, 2],
+        "f": None,
+        "g": True,
+        "h": "true",
+        "i": "=",
+        "j": "\u2264",
+    }
+    path = tmp_path / "options.yaml"
+    path.write_text(options_text(values), encoding="utf-8")
+    found = read_options(path)
+    assert found == values
+    assert [type(value) for value in found.values()] == [type(value) for value in values.values()]
+
+
+def test_a_file_takes_the_place_of_a_link_that_is_not_followed(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("mine")
+    link.symlink_to(target)
+    write_atomically(link, lambda part: part.write_text("text"), follow=False)
+    assert not link.is_symlink()
+    assert (target.read_text(), link.read_text()) == ("mine", "text")
+    os.mkfifo(tmp_path / "pipe")
+    write_atomically(tmp_path / "pipe", lambda part: part.write_text("text"), follow=False)
+    assert (tmp_path / "pipe").read_text() == "text"

@@ -17,7 +17,7 @@ from ntk_ensembles.console import Progress
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import write_atomically
 from ntk_ensembles.runs import Ensemble, MemberResults, Run, convergence_rows, print_rows, without_weights
-from ntk_ensembles.tasks import EvaluationSet
+from ntk_ensembles.tasks import EvaluationSet, load_task_class
 from ntk_ensembles.theory import LimitPrediction
 
 _DESCRIPTION = (
@@ -34,6 +34,9 @@ class _Options(OutputOptions, DecoderOptions, EvaluationOptions):
     members: str | None = None
     """Numbers of members N, such as 1,8,64. By default 1, 2, 4, …."""
 
+    task: str | None = None
+    """The run's own task as file.py:Class, where it is a user's and other states are wanted: the file is executed."""
+
     out: str | None = None
     """File to write the JSON object to, beside what is printed."""
 
@@ -46,7 +49,8 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
     parser.add_options(_Options, evaluation_states=None, evaluation_seed=None)
     values = parser.parse(arguments)
     directory = values.pop("run")
-    run = Run.open(Path(directory))
+    spec = values["task"]
+    run = Run.open(directory, None if spec is None else load_task_class(spec))
     experiment = run.experiment
     own = {name: getattr(experiment.options, name) for name in ("evaluation_states", "evaluation_seed")}
     options = _Options(**values | {name: value for name, value in own.items() if values[name] is None})
@@ -72,7 +76,7 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
 
     def as_text(out: Console) -> None:
         states = f"{len(limit.evaluation)} states (seed {options.evaluation_seed})"
-        out.print(f"{experiment.task!r}: {len(deviations)} members on {states}.")
+        out.print(f"{experiment.task!r}: {len(deviations)} members on {states}.", markup=False)
         print_rows(rows, out, options.decoders)
 
     options.show(results, as_text)

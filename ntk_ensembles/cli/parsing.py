@@ -8,7 +8,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import ntk_ensembles
 from ntk_ensembles.cli.main import suggestion
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import read_options
+from ntk_ensembles.runs import Experiment, RecordedTask
 from ntk_ensembles.tasks import TASKS, load_task_class
 
 OptionsT = TypeVar("OptionsT")
@@ -106,6 +107,7 @@ def parse_task(
     options: type[OptionsT],
     find: Callable[[str], type[Any]] = load_task_class,
     names: Sequence[str] = (*TASKS, "file.py:Class"),
+    saved: Experiment | None = None,
 ) -> tuple[Any, OptionsT, dict[str, Any]]:
     """Parse a command line whose flags depend on the task that ``--task`` names.
 
@@ -118,6 +120,8 @@ def parse_task(
         options: Dataclass of the options that are the same for all tasks.
         find: Function from the word after ``--task`` to a class; raises ValueError where there is none.
         names: Words to list in the help.
+        saved: Experiment of the run to resume, whose task and options are the defaults. A user's own task is then
+            executed only if the command line names it again.
 
     Returns:
         The task (an instance of the class), the options, and all values by name, ``task`` (the word) first.
@@ -127,28 +131,39 @@ def parse_task(
         argparse.ArgumentError: The arguments cannot be parsed.
     """
     asked = first_look(arguments)
+    named = asked.task is not None
+    if not named and saved is not None and not isinstance(saved.task, RecordedTask):
+        asked.task = saved.task_spec
     parser = Parser(prog, description)
     parser.add_argument("--config", action="config", help="A YAML file of options by name, such as configs/*.yaml.")
     parser.add_argument("--task", type=str, metavar=f"{{{','.join(names)}}}", help="Which algorithm.")
-    if asked.task is None:
+    if asked.task is None and saved is None:
         parser.add_options(options)
         parser.epilog = f"Each task has options of its own: {prog} --task NAME --help shows them."
         parser.parse(asked.information)
         raise ValueError(f"--task: expected one of {', '.join(names)} (see {prog} --help)")
-    with _users_code(asked.task, names):
-        chosen = find(asked.task)
-        parser.add_options(chosen)
-    own, shared = inspect.signature(chosen).parameters.keys(), inspect.signature(options).parameters.keys()
-    if clash := ", ".join(sorted(own & shared)):
+    chosen: type[Any] | None = None
+    own: Mapping[str, object] = {}
+    shared = inspect.signature(options).parameters
+    if asked.task is not None:
+        with _users_code(asked.task, names):
+            chosen = find(asked.task)
+            own = inspect.signature(chosen).parameters
+            parser.add_options(chosen, **({} if saved is None else saved.task.options))
+    if clash := ", ".join(sorted(own.keys() & shared.keys())):
         raise ValueError(f"--task {asked.task}: options {clash} belong to {prog} too; rename the task's")
-    parser.add_options(options)
+    parser.add_options(options, **({} if saved is None else vars(saved.options)))
     for path, config in asked.config.items():
         for name in config.keys() - {"task", *own, *shared}:
             raise ValueError(f"{path}: there is no option {name}{suggestion(name, [*own, *shared])}")
     values = parser.parse(arguments)
     own_values, shared_values = ({name: values[name] for name in part} for part in (own, shared))
-    with _users_code(asked.task, names):
-        task = chosen(**own_values)
+    if saved is not None and not named and own_values == (saved.task.options if chosen else {}):
+        task = saved.task
+    else:
+        assert chosen is not None
+        with _users_code(asked.task, names):
+            task = chosen(**own_values)
     return task, options(**shared_values), {"task": asked.task, **own_values, **shared_values}
 
 

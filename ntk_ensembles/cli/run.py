@@ -30,7 +30,7 @@ from ntk_ensembles.computer.display import Watch, memory_table
 from ntk_ensembles.console import Progress, console
 from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.files import write_atomically
-from ntk_ensembles.tasks import SBN, Branch, Machine, Program
+from ntk_ensembles.tasks import SBN, Branch, Machine, Program, load_task_class
 from ntk_ensembles.theory import NTKExecutor, Stepper
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ class ExecutionOptions(OutputOptions):
 
     backend: str = "ntk"
     """interpreter; ntk, the mean of the infinitely wide ensemble; or the directory of a run of train.py --task sbn."""
+
+    task: str | None = None
+    """The run's own task as file.py:Class, where it is a user's subclass of SBN: the file is executed."""
 
     cells: int | None = None
     """Memory cells, a power of two, 4 to 256. By default the run's, or as few as hold the programs."""
@@ -101,8 +104,9 @@ class ExecutionOptions(OutputOptions):
         if self.trained and not Path(self.backend).is_dir():
             near = suggestion(self.backend, ("interpreter", "ntk"))
             raise OptionError("backend", self.backend, f"interpreter, ntk, or the directory of a run{near}")
-        if self.members is not None and not self.trained:
-            raise ValueError("--members: expected the directory of a run as --backend")
+        for option in ("members", "task"):
+            if getattr(self, option) is not None and not self.trained:
+                raise ValueError(f"--{option}: expected the directory of a run as --backend")
         if self.records and self.backend == "interpreter":
             raise ValueError(f"--{self.records[0]}: the interpreter has no micro-steps; expected another --backend")
         if self.figure is not None and not self.figure.endswith(".png"):
@@ -221,7 +225,7 @@ def _open_run(options: ExecutionOptions) -> Run:
     from ntk_ensembles.runs import Run
 
     try:
-        return Run.open(Path(options.backend))
+        return Run.open(options.backend, None if options.task is None else load_task_class(options.task))
     except ValueError as error:
         raise ValueError(f"--backend {error}") from None
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import psutil
 
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import first_look, parse_task
 from ntk_ensembles.console import console
-from ntk_ensembles.files import read_options
-from ntk_ensembles.runs import RunOptions, RunStore, StoreError
+from ntk_ensembles.runs import Run, RunOptions, StoreError
+from ntk_ensembles.tasks import TASKS
 from ntk_ensembles.training import train
 
 _DESCRIPTION = (
@@ -22,29 +19,11 @@ _DESCRIPTION = (
 
 @command("train.py")
 def train_command(arguments: list[str], prog: str) -> int:
-    """Train an ensemble, or resume a run; the exit status is 1 if no member converged."""
-    task, options, _ = parse_task(_with_saved_options(arguments), prog, _DESCRIPTION, RunOptions)
-    results = train(task, options, console=console(), started_at=psutil.Process().create_time())
-    return 0 if results is None or results["convergence"] else 1
-
-
-def _with_saved_options(arguments: Sequence[str]) -> list[str]:
-    """Put the options of the run that is resumed, if any, before the arguments, which take precedence.
-
-    Raises:
-        StoreError: There is no such run, or it is of another task.
-    """
+    """Train an ensemble, or resume a run; the exit status is 1 if a member did not converge."""
     asked = first_look(arguments)
-    if asked.resume is None:
-        return list(arguments)
-    directory = Path(asked.resume)
-    # Says what is wrong with a directory that is no run.
-    RunStore.open(directory)
-    config = directory / "config.yaml"
-    try:
-        saved = read_options(config)["task"]
-    except (KeyError, ValueError) as error:
-        raise StoreError(f"{config}: is damaged; expected the options of the run") from error
-    if asked.task not in (None, saved):
-        raise StoreError(f"{directory}: --task is {asked.task} here and {saved} there")
-    return ["--config", str(config), *arguments]
+    saved = None if asked.resume is None else Run.open(asked.resume).experiment
+    if saved is not None and asked.task not in (None, saved.task_spec) and (asked.task in TASKS):
+        raise StoreError(f"{asked.resume}: --task is {asked.task} here and {saved.task_spec} there")
+    task, options, _ = parse_task(arguments, prog, _DESCRIPTION, RunOptions, saved=saved)
+    results = train(task, options, console=console(), started_at=psutil.Process().create_time())
+    return int(results is not None and bool(results["training"]["not_converged"]))

@@ -260,11 +260,11 @@ def write_trace_events(directory: Path, task: SBN, trace: Trace, labels: Mapping
         title: Line above the figure.
 
     Raises:
-        OSError: The events cannot be written.
+        SaveError: The events cannot be written.
     """
-    from torch.utils.tensorboard import SummaryWriter
+    from ntk_ensembles.events import EventFile
 
-    writer: Any = SummaryWriter(str(directory))
+    writer = EventFile(directory)
     writer.add_figure("execution/state", trace_figure(task, trace, labels, title))
     for number, margin in enumerate(trace.margins.tolist(), start=1):
         writer.add_scalar("execution/margin", margin, number)

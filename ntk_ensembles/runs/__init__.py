@@ -3,7 +3,8 @@
 from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows, ensemble_sizes
 from ntk_ensembles.runs.ensemble import Ensemble, converged_members, without_weights
 from ntk_ensembles.runs.options import Experiment, RunOptions
-from ntk_ensembles.runs.results import Results, print_report, print_rows
+from ntk_ensembles.runs.record import RecordedTask
+from ntk_ensembles.runs.results import Results, print_report, print_rows, print_warnings
 from ntk_ensembles.runs.run import Run, begin_or_resume, merge_runs
 from ntk_ensembles.runs.store import MemberResults, RunStore, StoreError
 
@@ -12,6 +13,7 @@ __all__ = [
     "Ensemble",
     "Experiment",
     "MemberResults",
+    "RecordedTask",
     "Results",
     "Run",
     "RunOptions",
@@ -24,5 +26,6 @@ __all__ = [
     "merge_runs",
     "print_report",
     "print_rows",
+    "print_warnings",
     "without_weights",
 ]

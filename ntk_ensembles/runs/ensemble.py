@@ -13,7 +13,7 @@ from torch import Tensor
 from ntk_ensembles.ensemble import MLPStack, TwoLayerMLP, choose_cohort, predict, train_members
 from ntk_ensembles.ensemble.cohort import free_memory_bytes
 from ntk_ensembles.errors import OptionError, check_range
-from ntk_ensembles.runs.run import Run
+from ntk_ensembles.runs.run import Run, TaskOrClass
 from ntk_ensembles.runs.store import StoreError
 from ntk_ensembles.tasks import Task
 from ntk_ensembles.templates import SparseMatcher
@@ -59,6 +59,7 @@ class Ensemble(TensorStepper):
         cls,
         directory: str | Path,
         *,
+        task: TaskOrClass | None = None,
         members: int | None = None,
         device: torch.device | str | None = None,
         memory_bytes: int | None = None,
@@ -68,17 +69,19 @@ class Ensemble(TensorStepper):
 
         Args:
             directory: Directory of a run, finished or not.
+            task: Task, or its class, that says what inputs and outputs mean, for `execute` on a run of a user's own
+                task; predictions at states do without. No directory is trusted to name Python to be executed.
             members: Number of converged members to take, from the first; by default all.
             device: Where to predict; by default on the type that trained the members, or on the CPU if there is none.
             memory_bytes: Memory that members may take in order to stay in it; by default half of what is free.
             on_progress: Called with the number of members that have just been brought into memory.
 
         Raises:
-            StoreError: No such run, a damaged one, one without converged members, or fewer than ``members``; or
-                members to be trained again that another type of device has trained.
+            StoreError: No such run, a damaged one, one of another task, one without converged members, or fewer than
+                ``members``; or members to be trained again that another type of device has trained.
             OptionError: A GPU that is not there, or not even one member to be trained again fits.
         """
-        run = Run.open(directory)
+        run = Run.open(directory, task)
         chosen = converged_members(run, members)
         return cls.from_run(run, chosen, device=device, memory_bytes=memory_bytes, on_progress=on_progress)
 
@@ -117,7 +120,7 @@ class Ensemble(TensorStepper):
 
     @property
     def task(self) -> Task[Any, Any]:
-        """What was learned."""
+        """What was learned; a `RecordedTask` without meaning where the run was trained from a user's own."""
         return self.run.experiment.task
 
     def member(self, position: int) -> TwoLayerMLP:
@@ -224,6 +227,7 @@ class Ensemble(TensorStepper):
 
         Raises:
             ValueError: An input that does not fit the task, or an unknown decoder.
+            TaskError: The task is a user's own, and `load` was not given it.
         """
         if not inputs:
             return []
@@ -307,12 +311,10 @@ class _MemberSource:
             yield self._brought(stack)
 
     def _restore(self, path: Path, rows: list[int], indices: list[int]) -> MLPStack:
-        weights = self._run.store.load_weights(path)
         stack = self._run.experiment.recipe.make_stack(indices, self.device, draw=False)
-        try:
-            stack.load_state_dict({name: weights[name][rows] for name in ("hidden", "readout")})
-        except (KeyError, RuntimeError) as error:
-            raise StoreError(f"{path}: does not hold the weights of this run's members ({error})") from None
+        width, templates, bits = *stack.hidden.shape[1:], stack.readout.shape[1]
+        weights = self._run.store.load_weights(path, width=width, templates=templates, bits=bits)
+        stack.load_state_dict({name: weights[name][rows] for name in ("hidden", "readout")})
         return stack.requires_grad_(False)
 
     def _brought(self, stack: MLPStack) -> MLPStack:

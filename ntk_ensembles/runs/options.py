@@ -22,6 +22,7 @@ from ntk_ensembles.ensemble import (
 from ntk_ensembles.ensemble.engines import ENGINES
 from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX
 from ntk_ensembles.errors import OptionError, check_choice, check_range
+from ntk_ensembles.runs.record import RecordedTask
 from ntk_ensembles.runs.store import fingerprint
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
 from ntk_ensembles.theory import LimitPrediction
@@ -92,8 +93,8 @@ class RunOptions:
     new directory under runs/."""
 
     resume: str | None = None
-    """Run directory to resume: trains the members that are still missing. The run's saved options apply; only
-    --ensemble (to add members) and options that do not affect the numbers (--cohort, --devices) may differ."""
+    """Run directory to resume: trains the members that are still missing. The run's saved task and options apply; only
+    --ensemble (to add members) and what does not affect the numbers, such as --cohort or --devices, may differ."""
 
     def __post_init__(self) -> None:
         """Check every option.
@@ -118,7 +119,7 @@ class RunOptions:
         check_range("devices", self.devices, 1, 4096)
         if self.cohort is not None:
             check_range("cohort", self.cohort, 1, 1 << 20)
-        if not 0 < self.tolerance < 1:
+        if not (isinstance(self.tolerance, (int, float)) and 0 < self.tolerance < 1):
             raise OptionError("tolerance", self.tolerance, "a number between 0 and 1")
         if self.init == "antisymmetric" and self.width % 2:
             raise OptionError("width", self.width, "an even number with antisymmetric initialisation")
@@ -142,19 +143,24 @@ class Experiment:
     Attributes:
         task: What is learned.
         options: How.
+        recorded: The states that members are evaluated on, where a run has recorded them; otherwise the task gives
+            them.
     """
 
     task: Task[Any, Any]
     options: RunOptions
+    recorded: EvaluationSet | None = None
 
     @property
     def task_spec(self) -> str:
         """Text that selects the task on a command line."""
-        return task_spec(self.task)
+        return self.task.spec if isinstance(self.task, RecordedTask) else task_spec(self.task)
 
     @cached_property
     def evaluation(self) -> EvaluationSet:
         """The states that members are evaluated on."""
+        if self.recorded is not None:
+            return self.recorded
         return EvaluationSet.sample(self.task, self.options.evaluation_states, self.options.evaluation_seed)
 
     @cached_property

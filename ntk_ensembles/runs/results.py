@@ -6,10 +6,9 @@ the member results and the run's options.
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ntk_ensembles.files import write_atomically
+from ntk_ensembles.files import SaveError, write_atomically
 from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows
 from ntk_ensembles.runs.environment import Environment, environment, peak_memory_bytes
 from ntk_ensembles.runs.options import Experiment
@@ -110,47 +109,61 @@ def results_of(
     }
 
 
-def write_results(store: RunStore, experiment: Experiment, members: MemberResults, results: Results) -> None:
-    """Write ``results.json``, then the figure and the charts.
+def draw_results(store: RunStore, experiment: Experiment, members: MemberResults, results: Results) -> list[str]:
+    """Write the figure and the charts; whatever becomes of them, the results are there.
 
     Args:
         store: Directory of the run.
         experiment: What was trained, how, and on what it was evaluated.
         members: All members so far.
         results: The results that follow from them.
+
+    Returns:
+        What could not be written, a line for each.
     """
-    store.write_text("results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     rows = results["convergence"]
-    if rows:
-        _draw(store, experiment, results)
-    _chart(store.directory / TENSORBOARD, rows, members)
+    failures = []
+    drawn: list[Callable[[], None]] = [
+        functools.partial(_draw, store, experiment, results),
+        functools.partial(_chart, store, rows, members),
+    ]
+    # A figure without rows would be empty.
+    for draw in drawn if rows else drawn[1:]:
+        try:
+            draw()
+        except SaveError as error:
+            failures.append(str(error))
+        except Exception as error:
+            # Whatever a library makes of a machine without fonts, say: a picture is not worth a run.
+            failures.append(f"{store.directory}: the figures cannot be drawn ({type(error).__name__}: {error})")
+    return failures
 
 
 def _draw(store: RunStore, experiment: Experiment, results: Results) -> None:
     # Matplotlib and TensorBoard take a second to import.
-    from torch.utils.tensorboard import SummaryWriter
-
+    from ntk_ensembles.events import EventFile
     from ntk_ensembles.runs.figures import convergence_figure
 
     rows = results["convergence"]
     bands = {decoder: experiment.limit.band([row["members"] for row in rows], decoder) for decoder in DECODERS}
     title = f"{experiment.task!r}: {results['templates']} templates, width {results['width']}, "
     title += f"{results['init']}, {rows[-1]['members']} members"
-    figure = convergence_figure(rows, bands, title)
+    figure = convergence_figure(rows, bands, title.replace("$", r"\$"))
     path = store.directory / "figures" / "convergence.png"
-    write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"))
-    writer: Any = SummaryWriter(str(_emptied(store.directory / TENSORBOARD / "figures")))
-    writer.add_figure("convergence", figure)
-    writer.close()
+    write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"), follow=False)
+    events = EventFile(store.directory / TENSORBOARD / "figures")
+    events.add_figure("convergence", figure)
+    events.close()
 
 
-def _chart(folder: Path, rows: Sequence[ConvergenceRow], members: MemberResults) -> None:
+def _chart(store: RunStore, rows: Sequence[ConvergenceRow], members: MemberResults) -> None:
     """Write measured and predicted values under one tag, from one writer each, so that they share a chart."""
-    from torch.utils.tensorboard import SummaryWriter
+    from ntk_ensembles.events import EventFile
 
+    folder = store.directory / TENSORBOARD
     for decoder in DECODERS:
         for kind, prefix in (("measured", ""), ("predicted", "predicted_")):
-            writer: Any = SummaryWriter(str(_emptied(folder / f"{kind} ({decoder})")))
+            writer = EventFile(folder / f"{kind} ({decoder})")
             for row in rows:
                 values: Mapping[str, Any] = row
                 writer.add_scalar("members/exact_match", values[f"{prefix}exact_match"][decoder], row["members"])
@@ -159,17 +172,11 @@ def _chart(folder: Path, rows: Sequence[ConvergenceRow], members: MemberResults)
                 if decoder == DECODERS[0]:
                     writer.add_scalar("members/rms_deviation", values[f"{prefix}rms_deviation"], row["members"])
             writer.close()
-    writer = SummaryWriter(str(_emptied(folder / "training")))
+    writer = EventFile(folder / "training")
     for step, losses in enumerate(_losses_by_step(members)):
         writer.add_scalar("training/relative_loss_mean", sum(losses) / len(losses), step)
         writer.add_scalar("training/relative_loss_max", max(losses), step)
     writer.close()
-
-
-def _emptied(folder: Path) -> Path:
-    """Return a folder of events without those of an earlier session, which the new ones replace."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
 
 
 def _losses_by_step(members: MemberResults) -> list[list[float]]:
@@ -210,7 +217,19 @@ def print_report(results: Results, directory: Path, console: Console) -> None:
         f"{stages}; peak memory {training['peak_memory_bytes'] / 2**30:.2f} GiB.",
         highlight=False,
     )
-    console.print(f"Results in {directory}; charts: tensorboard --logdir {directory}", highlight=False, soft_wrap=True)
+    where = f"Results in {directory}; charts: tensorboard --logdir {directory}"
+    console.print(where, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_warnings(lines: Sequence[str], console: Console) -> None:
+    """Print what could not be written but is not needed.
+
+    Args:
+        lines: Lines, as from `draw_results`.
+        console: Console to print on.
+    """
+    for line in lines:
+        console.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_rows(rows: Sequence[ConvergenceRow], console: Console, decoders: Sequence[Decoder] = DECODERS) -> None:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-import yaml
 
-from ntk_ensembles.files import write_atomically
+from ntk_ensembles.files import options_text, read_options, write_atomically
 from ntk_ensembles.runs.options import SAVED_OPTIONS, Experiment, RunOptions
-from ntk_ensembles.runs.results import Results, results_of, write_results
-from ntk_ensembles.runs.store import MemberResults, RunStore, StoreError, first_difference, lock
-from ntk_ensembles.tasks import load_task_class
+from ntk_ensembles.runs.record import from_data, to_data
+from ntk_ensembles.runs.results import Results, draw_results, results_of
+from ntk_ensembles.runs.store import MemberResults, RunStore, StoreError, check_manifest, first_difference, lock, plain
+from ntk_ensembles.tasks import TASKS, Task
+
+TaskOrClass: TypeAlias = Task[Any, Any] | type[Task[Any, Any]]
+"""A task, or its class, which is made with the options that a run has recorded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,55 +43,66 @@ class Run:
     store: RunStore
 
     @classmethod
-    def open(cls, directory: str | Path) -> Run:
-        """Return the run in a directory. This machine need not have the device that it was trained on.
+    def open(cls, directory: str | Path, task: TaskOrClass | None = None) -> Run:
+        """Return the run in a directory, from its data. This machine need not have the device that it was trained on.
+
+        Args:
+            directory: The run's directory.
+            task: Task, or its class, that says what inputs and outputs mean, where the run was trained from a user's
+                own. Nothing in the directory is executed; the package's own tasks are found by their names.
 
         Raises:
-            StoreError: There is none, it is damaged, or the task's code has changed since.
+            StoreError: There is no run, it is damaged, or it is not of this task.
+            TaskError: The task's class fails.
         """
-        run = cls._read(Path(directory))
-        if found := run.difference(run.experiment, run.device.type):
-            raise StoreError(f"{directory}: {found}. The run cannot be used with this version of the task.")
-        return run
-
-    @classmethod
-    def _read(cls, directory: Path) -> Run:
-        """Return the run as its files describe it, not yet compared with the code."""
+        directory = Path(directory)
         store = RunStore.open(directory)
         path = directory / "config.yaml"
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            config = read_options(path)
             spec, given = str(config.pop("task")), {name: config.pop(name) for name in SAVED_OPTIONS}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-            raise StoreError(f"{path}: is damaged ({error!r}); expected the options of the run") from None
+            if plain(config) != plain(store.manifest["task_options"]):
+                raise ValueError(f"the task's options are not those of {store.directory / 'manifest.json'}")
+            options = RunOptions(**given)
+        except (ValueError, KeyError) as error:
+            raise StoreError(f"{path}: is damaged ({error}); expected the options of the run") from None
+        tensors, texts = store.load_task()
         try:
-            return cls(Experiment(load_task_class(spec).from_options(config), RunOptions(**given)), store)
+            recorded, evaluation = from_data(store.manifest["task"], config, spec, tensors, texts)
         except ValueError as error:
-            raise StoreError(f"{path}: {error}") from None
+            raise StoreError(f"{directory / 'task.safetensors'}: is damaged ({error})") from None
+        run = cls(Experiment(recorded, options, evaluation), store)
+        if found := run.difference(run.experiment, run.device.type):
+            raise StoreError(f"{directory}: is damaged, its files do not belong together: {found}")
+        return run._with_meaning(task)
 
-    @classmethod
-    def begin(cls, experiment: Experiment, directory: Path, device_type: str | None = None) -> Run:
-        """Begin a new run in an empty directory.
-
-        Args:
-            experiment: What is trained, how, and on what it is evaluated.
-            directory: The directory, which exists.
-            device_type: Kind of device that trains the members; by default this machine's.
-
-        Raises:
-            SaveError: The directory cannot be written.
-        """
-        run = cls(experiment, RunStore(directory, experiment.fingerprint(device_type)))
-        run.write_config()
-        run.store.begin()
-        return run
+    def _with_meaning(self, given: TaskOrClass | None) -> Run:
+        """Return the run with a task that knows what inputs and outputs mean, if there is one."""
+        recorded, chosen = self.experiment.task, given or TASKS.get(self.experiment.task_spec)
+        if chosen is None:
+            return self
+        try:
+            task = chosen if isinstance(chosen, Task) else chosen.from_options(recorded.options)
+            fields = None if repr(task.layout) == repr(recorded.layout) else "the fields of its state are others"
+            # A recorded state is as large as its file; one that follows from options in a file could be of any size.
+            found = fields if given is None else None
+            found = found or self.difference(dataclasses.replace(self.experiment, task=task), self.device.type)
+        except ValueError:
+            if given is not None:
+                raise
+            return self
+        if found or fields:
+            if given is not None:
+                raise StoreError(f"{self.directory}: is not a run of this task, {found or fields}")
+            return self
+        return Run(dataclasses.replace(self.experiment, task=task), self.store)
 
     def write_config(self) -> None:
         """Write the options, as ``--config`` and ``--resume`` take them back."""
         experiment = self.experiment
         saved = {name: getattr(experiment.options, name) for name in SAVED_OPTIONS}
-        values = {"task": experiment.task_spec, **experiment.task.options, **saved}
-        self.store.write_text("config.yaml", yaml.safe_dump(values, sort_keys=False))
+        values = {"task": experiment.task_spec, **self.store.manifest["task_options"], **saved}
+        self.store.write_text("config.yaml", options_text(values))
 
     def difference(self, experiment: Experiment, device_type: str | None = None) -> str | None:
         """Return in words why members of an experiment would not be this run's; None if they would."""
@@ -119,12 +136,15 @@ class Run:
         return [index for index in self.experiment.planned if index not in finished]
 
     def write_results(self, results: MemberResults, *, seconds_total: float, seconds_startup: float = 0.0) -> Results:
-        """Write ``results.json``, the figure and the charts for the members so far, and return the results.
+        """Write ``results.json`` for the members so far, and return the results.
 
         Args:
             results: All members so far, at least one.
             seconds_total: Time that the user has waited in this session.
             seconds_startup: Part of it before training began.
+
+        Raises:
+            SaveError: The file cannot be written.
         """
         found = results_of(
             self.experiment,
@@ -134,8 +154,20 @@ class Run:
             seconds_total=seconds_total,
             seconds_startup=seconds_startup,
         )
-        write_results(self.store, self.experiment, results, found)
+        self.store.write_text("results.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
         return found
+
+    def draw(self, results: MemberResults, found: Results) -> list[str]:
+        """Draw the figure and the charts, which a run can do without.
+
+        Args:
+            results: All members so far.
+            found: The results that follow from them.
+
+        Returns:
+            What could not be written, a line for each.
+        """
+        return draw_results(self.store, self.experiment, results, found)
 
 
 @contextmanager
@@ -155,15 +187,53 @@ def begin_or_resume(experiment: Experiment) -> Iterator[Run]:
             run.write_config()
             yield run
         return
-    directory = prepare_directory(options.out, experiment.task.name)
+    with _begun(experiment, options.out) as run:
+        yield run
+
+
+@contextmanager
+def _begun(
+    experiment: Experiment,
+    out: str | None,
+    device_type: str | None = None,
+    fill: Callable[[Run], object] = lambda run: None,
+) -> Iterator[Run]:
+    """Begin a new run in a directory of its own and hold its lock; if that fails, nothing is left.
+
+    Args:
+        experiment: What is trained, how, and on what it is evaluated.
+        out: Path of a new or an empty directory; None for a fresh one under ``runs/``.
+        device_type: Kind of device that trains the members; by default this machine's.
+        fill: Function that writes what the run is to have from its first moment on.
+    """
+    # All that can be refused is refused before there is a directory.
+    manifest, data = experiment.fingerprint(device_type), to_data(experiment.task, experiment.evaluation)
+    check_manifest(manifest)
+    from_data(experiment.task.name, {}, "", *data)
+    if clash := ", ".join(sorted(manifest["task_options"].keys() & {"task", *RunOptions.__dataclass_fields__})):
+        raise ValueError(f"task {experiment.task.name!r}: options {clash} belong to every run too; rename the task's")
+    directory, made = prepare_directory(out, experiment.task.name)
     with lock(directory):
-        yield Run.begin(experiment, directory)
+        run = Run(experiment, RunStore(directory, manifest))
+        try:
+            with run.store.beginning():
+                run.write_config()
+                run.store.save_task(*data)
+                fill(run)
+        except BaseException:
+            if made and not RunStore.has_begun(directory):
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+        yield run
 
 
 def _resumed(experiment: Experiment, directory: Path) -> Run:
     """Return the run in a directory with the options of this session, which may only add members."""
-    before = Run._read(directory)
+    before = Run.open(directory)
     options, saved = experiment.options, before.experiment.options
+    if options.resume is not None:
+        # With --out, what the task gives today is compared instead.
+        experiment = dataclasses.replace(experiment, recorded=before.experiment.recorded)
     found = before.difference(experiment)
     if found is None and options.first_member != saved.first_member:
         found = f"first_member is {options.first_member} here and {saved.first_member} there"
@@ -174,39 +244,42 @@ def _resumed(experiment: Experiment, directory: Path) -> Run:
     return Run(experiment, before.store)
 
 
-def prepare_directory(out: str | None, task: str) -> Path:
+def prepare_directory(out: str | None, task: str) -> tuple[Path, bool]:
     """Make the directory of a new run, so that an unwritable place is known before training.
 
     Args:
         out: Its path; None for a fresh one under ``runs/``.
         task: Name of the task, for a fresh directory.
 
+    Returns:
+        The directory, and whether it is new.
+
     Raises:
         ValueError: The directory has content already, or cannot be written.
     """
     if out is None:
-        stem = f"{task}-{datetime.now():%Y%m%d-%H%M%S}"
+        stem = f"{re.sub(r'[^a-zA-Z0-9_-]', '-', task)}-{datetime.now():%Y%m%d-%H%M%S}"
         for attempt in itertools.count(1):
             path = Path("runs") / (stem if attempt == 1 else f"{stem}-{attempt}")
             try:
                 path.mkdir(parents=True)
-                return path
+                return path, True
             except FileExistsError:
                 continue
             except OSError as error:
                 raise ValueError(f"runs: cannot be written ({error.strerror}); choose --out DIR") from None
     path = Path(str(out))
     try:
+        made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
-        # A session that was killed before it had begun may have left hidden files.
-        if any(not entry.name.startswith(".") for entry in path.iterdir()):
+        if not RunStore.is_free(path):
             raise ValueError(f"--out {out}: is not empty; expected a new or an empty directory, or a run to resume")
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(13, "permission denied")
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ValueError(f"--out {out}: cannot be written ({reason}); expected a writable directory") from None
-    return path
+    return path, made
 
 
 def merge_runs(directories: Sequence[Path], out: str | None = None) -> tuple[Run, Results]:
@@ -242,16 +315,25 @@ def merge_runs(directories: Sequence[Path], out: str | None = None) -> tuple[Run
             owner[index] = run.directory
     if not owner:
         raise StoreError(f"{directories[0]} and the others have no finished member yet")
+    # Those of weights too, whose content is not read otherwise.
+    sources = [run.store.files() for run in runs]
+    for run, files in zip(runs, sources, strict=True):
+        for path in files:
+            run.store.members_of(path)
     first, last = min(owner), max(owner)
     options: Any = dataclasses.replace(
         first_run.experiment.options, first_member=first, ensemble=last - first + 1, out=None, resume=None
     )
-    target = prepare_directory(out, first_run.experiment.task.name)
-    with lock(target):
-        merged = Run.begin(Experiment(first_run.experiment.task, options), target, first_run.device.type)
-        for run in runs:
-            for path in run.store.files():
-                copy = target / path.relative_to(run.directory)
-                write_atomically(copy, lambda part, path=path: shutil.copyfile(path, part))  # type: ignore[misc]
-        results = merged.write_results(merged.member_results(), seconds_total=time.perf_counter() - started_at)
-    return merged, results
+
+    def fill(merged: Run) -> None:
+        for run, files in zip(runs, sources, strict=True):
+            for path in files:
+                copy = merged.directory / path.relative_to(run.directory)
+                write_atomically(copy, functools.partial(shutil.copyfile, path), follow=False)
+        results.append(merged.write_results(merged.member_results(), seconds_total=time.perf_counter() - started_at))
+
+    results: list[Results] = []
+    experiment = dataclasses.replace(first_run.experiment, options=options)
+    with _begun(experiment, out, first_run.device.type, fill) as merged:
+        pass
+    return merged, results[0]

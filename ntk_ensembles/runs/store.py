@@ -1,12 +1,15 @@
 """The run directory on disk: what is in it, written atomically and checked when it is read.
 
-- ``manifest.json``: the run's fingerprint, that is everything that a member's numbers depend on.
+- ``manifest.json``: the run's fingerprint, that is everything that a member's numbers depend on. It is written last:
+  with it the directory is a run.
+- ``task.safetensors``: state, templates and evaluation states of the task.
 - ``config.yaml``: the options, for ``--config`` and ``--resume``.
 - ``checkpoints/members-A-B.safetensors``: the `MemberResults` of a cohort; A and B are its first and last member.
 - ``weights/members-A-B.safetensors``: their weights, where they are kept: the `state_dict` of an `MLPStack`.
 
 Files hold tensors and text only, so reading one never executes anything from it. Each carries the digest of
-the fingerprint and a checksum of its content: a file of another run, a truncated or a changed one is refused.
+the fingerprint and a checksum of its content: a file of another run, a truncated or a changed one is refused. Nothing
+in it is trusted beyond that: types, shapes and ranges are checked before any of it is used (docs/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -28,13 +33,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ntk_ensembles.ensemble import MemberStatus, Recipe
-from ntk_ensembles.files import write_atomically
+from ntk_ensembles.ensemble.network import MEMBER_MAX
+from ntk_ensembles.files import read_bytes, write_atomically
 from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.templates import TemplateSet
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _TASK, _CONFIG = "manifest.json", "task.safetensors", "config.yaml"
+_FOLDERS = ("checkpoints", "weights", "figures")
+_BEGINNING = ".beginning"
+"""File that marks a directory as this package's own while it is not yet a run."""
+_MANIFEST_BYTES_MAX = 1 << 20
+_ECHO_MAX = 100
+"""Characters of a foreign value in a message."""
+_HALF_WRITTEN = (
+    r"\.tmp\w{6}|\.((members-.*|task)\.safetensors|config\.yaml|(manifest|results)\.json|.*\.png|\.beginning)\.\w+"
+)
+"""Names of files that were being written: of `write_atomically`, and of what safetensors makes beside them."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of everything in the directory. Directories of another version are refused."""
 
 STAGES = ("init", "train", "evaluate")
@@ -141,6 +157,28 @@ class MemberResults:
 COLUMNS = tuple(column.name for column in fields(MemberResults))
 """Names of the tensors in a file of `MemberResults`."""
 
+Schema = Mapping[str, str]
+"""Type and axes of every tensor of a file. An axis is a number, or a name that is the same number everywhere."""
+
+_RESULTS_SCHEMA: Schema = {
+    "indices": "I64 members",
+    "converged": "BOOL members",
+    "steps": "I64 members",
+    "relative_loss": "F64 members",
+    "loss_counts": "I64 members",
+    "losses": "F64 losses",
+    "deviations": "F16 members states bits",
+    "seconds": f"F64 cohorts {len(STAGES)}",
+}
+_TASK_SCHEMA: Schema = {
+    "ones": "I64 ones 2",
+    "zeros": "I64 zeros 2",
+    "sets": "I64 sets 2",
+    "states": "BOOL states bits",
+    "trajectory_states": "I64 steps",
+    "trajectory_lengths": "I64 trajectories",
+}
+
 
 def fingerprint(
     task: Task[Any, Any], recipe: Recipe, evaluation: EvaluationSet, states: int, seed: int, device_type: str
@@ -170,7 +208,13 @@ def fingerprint(
         "steps": recipe.descent.steps_max,
         "evaluation_states": states,
         "evaluation_seed": seed,
-        "evaluation_digest": digest({"states": evaluation.states, "matches": evaluation.matches}),
+        "evaluation_digest": digest(
+            {
+                "states": evaluation.states,
+                "matches": evaluation.matches,
+                **{f"trajectory {i}": states for i, states in enumerate(evaluation.trajectories)},
+            }
+        ),
         "device": device_type,
     }
 
@@ -179,7 +223,8 @@ def first_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str |
     """Return the first thing in which two fingerprints differ, in words; None if they are equal."""
     for name in [*here, *(name for name in there if name not in here)]:
         ours, theirs = here.get(name), there.get(name)
-        if ours == theirs:
+        # As JSON, in which neither true nor 1.0 is 1.
+        if json.dumps(ours, sort_keys=True) == json.dumps(theirs, sort_keys=True):
             continue
         if name == "task_options" and isinstance(ours, dict) and isinstance(theirs, dict):
             return first_difference(ours, theirs)
@@ -188,13 +233,18 @@ def first_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str |
             return f"the task's {what} are not the same (has its code changed?)"
         if name == "device":
             return f"members are trained on {ours} here and on {theirs} there"
-        return f"{name} is {ours} here and {theirs} there"
+        return f"{_echo(name)} is {_echo(ours)} here and {_echo(theirs)} there"
     return None
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors' names, types, shapes and contents."""
-    summed = hashlib.sha256()
+def _echo(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _ECHO_MAX else f"{text[:_ECHO_MAX]}…"
+
+
+def digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
+    """Return the SHA-256 of tensors' names, types, shapes and contents, and of the texts beside them, if any."""
+    summed = hashlib.sha256("".join(f"{name} {text}\n" for name, text in sorted((texts or {}).items())).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         summed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -214,26 +264,61 @@ class RunStore:
     Attributes:
         directory: Its path.
         manifest: The run's fingerprint.
+
+    Raises:
+        ValueError: The fingerprint has values that JSON cannot hold.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
         self.directory = directory
         # As JSON gives it back: tuples become lists.
-        self.manifest: dict[str, Any] = json.loads(json.dumps(manifest))
+        self.manifest: dict[str, Any] = json.loads(plain(manifest))
         self._run = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
-
-    def begin(self) -> None:
-        """Write the manifest, with which the run counts as begun.
-
-        Raises:
-            SaveError: It cannot be written.
-        """
-        self.write_text(_MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
 
     @staticmethod
     def has_begun(directory: Path) -> bool:
         """Check whether a directory holds a run."""
         return (directory / _MANIFEST).exists()
+
+    @staticmethod
+    def is_free(directory: Path) -> bool:
+        """Check whether a directory can become a run: it is empty, or holds what a killed beginning has left."""
+        left = (_TASK, _CONFIG, *_FOLDERS, "results.json") if (directory / _BEGINNING).exists() else ()
+        return all(path.name.startswith(".") or path.name in left for path in directory.iterdir())
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Make a free directory a run when the block has ended; until then it is none, and nothing is left if it fails.
+
+        The caller must hold the lock.
+
+        Raises:
+            StoreError: Another process has begun a run there meanwhile.
+            SaveError: The directory cannot be written.
+        """
+        if self.has_begun(self.directory) or not self.is_free(self.directory):
+            raise StoreError(f"{self.directory}: another process has written there meanwhile")
+        marker = self.directory / _BEGINNING
+        write_atomically(marker, Path.touch, follow=False)
+        try:
+            self._clear()
+            yield
+            self.write_text(_MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
+        except BaseException:
+            # A signal may come between the last step and its end.
+            if not self.has_begun(self.directory):
+                self._clear()
+                marker.unlink(missing_ok=True)
+            raise
+        marker.unlink(missing_ok=True)
+
+    def _clear(self) -> None:
+        """Delete what a beginning writes."""
+        for name in (_TASK, _CONFIG, "results.json"):
+            (self.directory / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+        self._sweep_half_written()
 
     @classmethod
     def open(cls, directory: Path) -> RunStore:
@@ -244,15 +329,35 @@ class RunStore:
         """
         path = directory / _MANIFEST
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            version = int(manifest["format"])
-        except FileNotFoundError:
+            manifest = json.loads(read_bytes(path, _MANIFEST_BYTES_MAX), parse_constant=_refuse_constant)
+            version = manifest["format"]
+            if type(version) is not int:
+                raise ValueError("the format is no number")
+            if version == FORMAT:
+                check_manifest(manifest)
+        except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{directory}: is no run directory (it has no {_MANIFEST})") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError(f"{path}: is damaged ({error}); the run cannot be used without it") from None
         if version != FORMAT:
             raise StoreError(f"{path}: was written by another version (format {version}, this one reads {FORMAT})")
         return cls(directory, manifest)
+
+    def save_task(self, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+        """Write a task as data, as `to_data` returns it.
+
+        Raises:
+            SaveError: The directory cannot be written.
+        """
+        self._save(self.directory / _TASK, tensors, texts)
+
+    def load_task(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the task as data, for `from_data`.
+
+        Raises:
+            StoreError: It is not there, damaged, or another run's.
+        """
+        return self._load(self.directory / _TASK, _TASK_SCHEMA, {})
 
     def save(self, results: MemberResults, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write a cohort: its weights, if any, and then its results, with which it counts as finished.
@@ -264,17 +369,22 @@ class RunStore:
         Raises:
             SaveError: The disk is full, or the directory cannot be written; earlier cohorts are intact.
         """
-        columns = {name: getattr(results, name) for name in COLUMNS}
+        first, last = int(results.indices[0]), int(results.indices[-1])
+        name = f"members-{first:06d}-{last:06d}.safetensors"
         if weights is not None:
-            self._save("weights", {"indices": results.indices, **weights})
-        self._save("checkpoints", columns)
+            self._save(self.directory / "weights" / name, {"indices": results.indices, **weights})
+        columns = {column: getattr(results, column) for column in COLUMNS}
+        self._save(self.directory / "checkpoints" / name, columns)
 
     def files(self) -> list[Path]:
         """Return the files of finished cohorts: weights first, then the results with which they count."""
         return [*self.weight_files(), *self._files("checkpoints")]
 
     def _files(self, folder: str) -> list[Path]:
-        return sorted((self.directory / folder).glob("members-*.safetensors"))
+        path = self.directory / folder
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path}: is no folder; the run cannot be used without it")
+        return sorted(path.glob("members-*.safetensors"))
 
     def finished(self) -> set[int]:
         """Return the indices of all finished members, without reading their results.
@@ -297,11 +407,11 @@ class RunStore:
         """
         found = [MemberResults.empty(states, bits)]
         for path in self._files("checkpoints"):
-            tensors = self._load(path)
-            try:
-                found.append(MemberResults(**{name: tensors[name] for name in COLUMNS}))
-            except KeyError as error:
-                raise StoreError(f"{path}: has no {error}; {_remedy(path)}") from None
+            tensors, _ = self._load(path, _RESULTS_SCHEMA, {"states": states, "bits": bits})
+            results = MemberResults(**tensors)
+            if fault := _fault_of(results):
+                raise StoreError(f"{path}: is damaged ({fault}); {_remedy(path)}")
+            found.append(results)
         try:
             return MemberResults.concatenate(found)
         except (ValueError, RuntimeError) as error:
@@ -313,13 +423,23 @@ class RunStore:
         return [path for path in self._files("weights") if path.name in finished]
 
     def sweep(self) -> None:
-        """Delete the incomplete files of a session that was killed. The caller must hold the lock."""
+        """Delete the incomplete files of a session that was killed. The caller must hold the lock.
+
+        Raises:
+            StoreError: The directory is damaged; nothing has been deleted.
+        """
         finished = {path.name for path in self._files("checkpoints")}
-        left = [path for path in self._files("weights") if path.name not in finished]
-        for folder in (".", "checkpoints", "weights", "figures"):
-            left += (path for path in (self.directory / folder).glob(".*.*") if path.is_file())
-        for path in left:
-            path.unlink(missing_ok=True)
+        for path in self._files("weights"):
+            if path.name not in finished and path.is_file():
+                path.unlink(missing_ok=True)
+        (self.directory / _BEGINNING).unlink(missing_ok=True)
+        self._sweep_half_written()
+
+    def _sweep_half_written(self) -> None:
+        for folder in (".", *_FOLDERS):
+            for path in (self.directory / folder).glob(".*"):
+                if re.fullmatch(_HALF_WRITTEN, path.name) and path.is_file():
+                    path.unlink(missing_ok=True)
 
     def members_of(self, path: Path) -> list[int]:
         """Return the indices of the members in a file, without reading the rest of it.
@@ -327,20 +447,27 @@ class RunStore:
         Raises:
             StoreError: It is damaged.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                indices: list[int] = file.get_tensor("indices").tolist()
-        except (OSError, SafetensorError) as error:
-            raise StoreError(f"{path}: is damaged ({error}); {_remedy(path)}") from None
-        return indices
+        with _opened(path, {"indices": "I64 members"}, {}) as file:
+            indices = file.get_tensor("indices")
+        if fault := _fault_of_indices(indices):
+            raise StoreError(f"{path}: is damaged ({fault}); {_remedy(path)}")
+        members: list[int] = indices.tolist()
+        return members
 
-    def load_weights(self, path: Path) -> dict[str, Tensor]:
+    def load_weights(self, path: Path, **sizes: int) -> dict[str, Tensor]:
         """Return ``indices``, and ``hidden`` and ``readout`` as in `MLPStack`, of a file of weights.
+
+        Args:
+            path: File to read.
+            **sizes: Width, templates and bits that the members must have; by default whatever they have.
 
         Raises:
             StoreError: The file is damaged, of another run or of another version.
         """
-        return self._load(path)
+        kind = "F64" if self.manifest["precision"] == "64-true" else "F32"
+        shapes = {"hidden": "members width templates", "readout": "members bits width"}
+        schema = {"indices": "I64 members", **{name: f"{kind} {axes}" for name, axes in shapes.items()}}
+        return self._load(path, schema, sizes)[0]
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file of the directory.
@@ -348,33 +475,130 @@ class RunStore:
         Raises:
             SaveError: It cannot be written.
         """
-        write_atomically(self.directory / name, lambda part: part.write_text(text, encoding="utf-8"))
+        write_atomically(self.directory / name, lambda part: part.write_text(text, encoding="utf-8"), follow=False)
 
-    def _save(self, folder: str, tensors: dict[str, Tensor]) -> None:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"format": str(FORMAT), "run": self._run, "sha256": digest(tensors)}
-        first, last = int(tensors["indices"][0]), int(tensors["indices"][-1])
-        path = self.directory / folder / f"members-{first:06d}-{last:06d}.safetensors"
-        write_atomically(path, lambda part: save_file(tensors, part, metadata))
+    def _save(self, path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> None:
+        held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"format": str(FORMAT), "run": self._run, "sha256": digest(held, texts), **(texts or {})}
+        write_atomically(path, lambda part: save_file(held, part, metadata), follow=False)
 
-    def _load(self, path: Path) -> dict[str, Tensor]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise StoreError(f"{path}: is damaged ({error}); {_remedy(path)}") from None
-        version = metadata.get("format", "")
-        if version.isdecimal() and int(version) != FORMAT:
-            raise StoreError(f"{path}: was written by another version (format {version}, this one reads {FORMAT})")
-        if metadata.get("run") != self._run:
-            raise StoreError(f"{path}: belongs to another run; {_remedy(path)}")
-        if metadata.get("sha256") != digest(tensors):
+    def _load(self, path: Path, schema: Schema, sizes: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors of a schema and the texts beside them, once everything is as this run has written it."""
+        with _opened(path, schema, sizes) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("run") != self._run:
+                raise StoreError(f"{path}: belongs to another run; {_remedy(path)}")
+            tensors = {name: file.get_tensor(name) for name in schema}
+        texts = {name: text for name, text in metadata.items() if name not in ("format", "run", "sha256")}
+        if metadata.get("sha256") != digest(tensors, texts):
             raise StoreError(f"{path}: its checksum is wrong, so it has changed since it was written; {_remedy(path)}")
-        return tensors
+        return tensors, texts
+
+
+def plain(values: Mapping[str, Any]) -> str:
+    """Return values as JSON.
+
+    Raises:
+        ValueError: There is one that JSON cannot hold.
+    """
+    try:
+        return json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"options are kept as JSON, which cannot hold one of {_echo(values)}: {error}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Check what is used of a manifest before it is compared with the run's options and data.
+
+    Raises:
+        ValueError: It cannot be a run's.
+    """
+    plain(manifest)
+    name, options = manifest["task"], manifest["task_options"]
+    if not (isinstance(name, str) and 0 < len(name) <= _ECHO_MAX and name.isprintable()):
+        raise ValueError(f"the task's name cannot be used: expected up to {_ECHO_MAX} printable characters")
+    if not isinstance(options, dict):
+        raise ValueError("the task's options have no names")
+    if manifest["device"] not in ("cpu", "cuda"):
+        raise ValueError("the device is none of cpu, cuda")
+
+
+@contextmanager
+def _opened(path: Path, schema: Schema, sizes: Mapping[str, int]) -> Iterator[Any]:
+    """Open a file of tensors whose types and shapes are those of a schema; it may have others beside them.
+
+    Args:
+        path: File to open.
+        schema: Types and axes.
+        sizes: Axes whose numbers are known.
+
+    Raises:
+        StoreError: The file is damaged, or of another version.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("is no file" if path.exists() else "is not there")
+        with safe_open(path, framework="pt") as file:
+            version = (file.metadata() or {}).get("format", "")
+            if version.isdecimal() and version != str(FORMAT):
+                raise StoreError(
+                    f"{path}: was written by another version (format {version[:9]}, this one reads {FORMAT})"
+                )
+            found = dict(sizes)
+            for name, expected in schema.items():
+                tensor = file.get_slice(name)
+                kind, *axes = expected.split()
+                shape = tensor.get_shape()
+                wanted = [
+                    int(axis) if axis.isdecimal() else found.get(axis, size)
+                    for axis, size in zip(axes, shape, strict=False)
+                ]
+                if tensor.get_dtype() != kind or len(shape) != len(axes) or shape != wanted:
+                    raise ValueError(f"{name} is {tensor.get_dtype()} {shape}, expected {expected}")
+                found |= zip(axes, shape, strict=True)
+            yield file
+    except StoreError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise StoreError(f"{path}: is damaged ({error}); {_remedy(path)}") from None
+
+
+def _fault_of_indices(indices: Tensor) -> str | None:
+    """Return what is wrong with the indices of members, or None."""
+    if not len(indices):
+        return "has no members"
+    if int(indices.min()) < 0 or int(indices.max()) > MEMBER_MAX or len(set(indices.tolist())) < len(indices):
+        return f"its members are not different ones from 0 to {MEMBER_MAX}"
+    return None
+
+
+def _fault_of(results: MemberResults) -> str | None:
+    """Return what is wrong with results of the right types and shapes, or None."""
+    if fault := _fault_of_indices(results.indices):
+        return fault
+    counts, kept = results.loss_counts, results.converged
+    if int(kept.view(torch.uint8).max()) > 1:
+        return "converged is neither true nor false"
+    if bool((results.steps < 0).any()) or not bool((results.seconds >= 0).all() & results.seconds.isfinite().all()):
+        return "steps or seconds are below 0 or no numbers"
+    if (
+        bool((counts < 0).any())
+        or bool((counts > len(results.losses)).any())
+        or int(counts.sum()) != len(results.losses)
+    ):
+        return "its loss_counts do not add up to its losses"
+    if not bool(results.relative_loss[kept].isfinite().all() & results.deviations[kept].isfinite().all()):
+        return "members that have converged have losses or deviations that are no numbers"
+    return None
 
 
 def _remedy(path: Path) -> str:
+    if path.name == _TASK:
+        return "the run cannot be used without it"
     when = "when their weights are wanted" if path.parent.name == "weights" else "on --resume"
     return f"move it away, and its members are trained again {when}"
 
@@ -388,9 +612,13 @@ def lock(directory: Path, name: str = ".lock") -> Iterator[None]:
         name: Name of the file that is locked.
 
     Raises:
-        StoreError: Another process is writing there.
+        StoreError: Another process is writing there, or the directory cannot be locked.
     """
-    held = filelock.FileLock(directory / name, timeout=0)
+    path = directory / name
+    # A link could lead to any file, and a pipe would have to be waited for.
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise StoreError(f"{path}: is no file; move it away")
+    held = filelock.FileLock(path, timeout=0)
     try:
         held.acquire()
     except filelock.Timeout:

@@ -47,7 +47,7 @@ class Task(ABC, Generic[InputT, OutputT]):
     the help; it checks them (`check_range`), keeps them as attributes of the same names, and sets `layout`.
     """
 
-    name: ClassVar[str]
+    name: str
     """Name of the task, in results and messages."""
 
     takes_arrays: ClassVar[bool] = False

@@ -90,11 +90,26 @@ class EvaluationSet:
                     break
         if not states:
             raise TaskError(f"task {task.name!r} gives no input to evaluate on")
-        stacked = torch.stack(states)
-        chunks = [slice(start, start + _STATES_AT_ONCE) for start in range(0, len(stacked), _STATES_AT_ONCE)]
-        matches = torch.cat([task.templates.matches(stacked[chunk]) for chunk in chunks])
-        next_states = torch.cat([task.templates.set_counts(matches[chunk]) > 0 for chunk in chunks])
-        return cls(stacked, matches, next_states, tuple(complete.values()))
+        return cls.of_states(task.templates, torch.stack(states), tuple(complete.values()))
+
+    @classmethod
+    def of_states(
+        cls,
+        templates: TemplateSet,
+        states: Bool[Tensor, "states bits"],
+        trajectories: tuple[Int[Tensor, " _steps"], ...],
+    ) -> EvaluationSet:
+        """Return given states as an evaluation set.
+
+        Args:
+            templates: Templates of the task.
+            states: Distinct states on trajectories, at least one.
+            trajectories: Indices of the states of each complete trajectory.
+        """
+        chunks = [slice(start, start + _STATES_AT_ONCE) for start in range(0, len(states), _STATES_AT_ONCE)]
+        matches = torch.cat([templates.matches(states[chunk]) for chunk in chunks])
+        next_states = torch.cat([templates.set_counts(matches[chunk]) > 0 for chunk in chunks])
+        return cls(states, matches, next_states, trajectories)
 
 
 def checked_inputs(task: Task[InputT, Any], seed: int) -> Iterator[InputT]:

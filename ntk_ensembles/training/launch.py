@@ -170,8 +170,10 @@ def _number(environ: Mapping[str, str], name: str, low: int, high: int | None = 
     return int(text)
 
 
-class StoppedError(Exception):
+class StoppedError(BaseException):
     """A signal that asks the program to end: Ctrl-C, or SIGTERM as schedulers send it.
+
+    It comes in the middle of anything, so that no ``except Exception`` on the way may take it for its own.
 
     Args:
         signum: Number of the signal.

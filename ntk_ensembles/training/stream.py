@@ -29,7 +29,16 @@ from ntk_ensembles.console import Progress
 from ntk_ensembles.ensemble import choose_cohort
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import SaveError
-from ntk_ensembles.runs import Experiment, MemberResults, Results, Run, RunOptions, begin_or_resume, print_report
+from ntk_ensembles.runs import (
+    Experiment,
+    MemberResults,
+    Results,
+    Run,
+    RunOptions,
+    begin_or_resume,
+    print_report,
+    print_warnings,
+)
 from ntk_ensembles.runs.store import lock, wait_for_lock
 from ntk_ensembles.tasks import Task
 from ntk_ensembles.training.data import evaluation_batches, template_batch
@@ -176,6 +185,7 @@ def _lead(
                 total = time.time() - started_at
                 found = run.write_results(results, seconds_total=total, seconds_startup=called_at - started_at)
                 print_report(found, run.directory, console)
+                print_warnings(run.draw(results, found), console)
         if reason is not None:
             raise Interrupted(reason, status, run.directory, len(results), options.ensemble)
         return found
@@ -197,7 +207,7 @@ def _train_missing(run: Run, plan: _Plan, launch: Launch, console: Console, extr
         completed=finished,
         last_line=True,
     )
-    if finished == members:
+    if finished == members and launch.world == 1:
         return None, 0
     try:
         with stop_signals(), shown:
@@ -480,7 +490,7 @@ def _announce(run: Run, missing: Sequence[int], size: int, processes: int, conso
     text += f", evaluated on {len(experiment.evaluation)} states. {kept}"
     if finished := options.ensemble - len(missing):
         text += f" {finished} members are finished already."
-    console.print(text, highlight=False)
+    console.print(text, highlight=False, markup=False)
 
 
 @contextmanager

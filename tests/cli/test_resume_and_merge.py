@@ -262,7 +262,7 @@ def test_a_full_disk_is_an_error_and_leaves_the_last_checkpoint(
     save = store_of_runs.save_file
 
     def until_full(tensors: Any, path: Path, metadata: Any) -> None:
-        if len(saved) == 2:
+        if len(saved) == 3:  # the task, and the weights and results of a cohort
             path.write_bytes(b"half a file")
             raise SafetensorError("Error while serializing: I/O error: some words (os error 28)")
         save(tensors, path, metadata)
@@ -448,6 +448,11 @@ def test_torchrun_gives_the_numbers_of_one_process_also_when_a_worker_dies(whole
     # The same directory, which its processes have found again by themselves.
     (directory,) = (tmp_path / "runs").iterdir()
     assert shards[0].parents[1] == directory
+    assert numbers(directory) == numbers(whole)
+    # With nothing left to do, they end together too.
+    process = torchrun(tmp_path, "--resume", str(directory))
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
     assert numbers(directory) == numbers(whole)
 
 

@@ -180,9 +180,10 @@ def as_if_of_a_gpu(run: Path, out: Path, cohorts: slice = slice(None)) -> Path:
     """A copy of some of a run's cohorts that says that a GPU has trained them."""
     origin = Run.open(run)
     out.mkdir()
-    shutil.copy(run / "config.yaml", out)
     store = RunStore(out, {**origin.store.manifest, "device": "cuda"})
-    store.begin()
+    with store.beginning():
+        shutil.copy(run / "config.yaml", out)
+        store.save_task(*origin.store.load_task())
     paths = origin.store.weight_files()
     for path in paths[cohorts]:
         results = MemberResults(**load_file(run / "checkpoints" / path.name))
