@@ -24,7 +24,7 @@ from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX
 from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.runs.store import fingerprint
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
-from ntk_ensembles.theory import LimitPrediction
+from ntk_ensembles.theory import MOVEMENT_MAX, FiniteWidth, LimitPrediction, WidthPrediction
 
 Accelerator = Literal["auto", "cpu", "gpu"]
 KeepWeights = Literal["auto", "all", "none"]
@@ -162,6 +162,37 @@ class Experiment:
         """What infinite width predicts of the evaluation states."""
         antisymmetric = self.options.init == "antisymmetric"
         return LimitPrediction(self.task, self.evaluation, antisymmetric=antisymmetric)
+
+    @cached_property
+    def finite_width(self) -> FiniteWidth:
+        """Theory of the members' own width."""
+        return FiniteWidth(self.limit.predictor, self.options.width)
+
+    @property
+    def without_finite_width(self) -> str | None:
+        """Why nothing is predicted for the members' own width, in words; None if it is."""
+        if self.options.loss != "whitened":
+            return f"the expansion is for training by the whitened loss, not by {self.options.loss}"
+        movement = self.finite_width.movement
+        if movement > MOVEMENT_MAX:
+            return (
+                f"training moves hidden weights by {movement:.2f} of their scale, and the expansion means little "
+                f"above {MOVEMENT_MAX}; it needs a larger width"
+            )
+        return None
+
+    @cached_property
+    def at_width(self) -> WidthPrediction | None:
+        """What the members' own width predicts of the evaluation states; None where it is not valid."""
+        return self.predict_width(self.limit)
+
+    def predict_width(self, limit: LimitPrediction) -> WidthPrediction | None:
+        """Return what the members' own width predicts of states; None where it is not valid.
+
+        Args:
+            limit: Infinite width on these states.
+        """
+        return None if self.without_finite_width else WidthPrediction(limit, self.options.width)
 
     @cached_property
     def recipe(self) -> Recipe:

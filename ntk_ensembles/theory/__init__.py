@@ -5,6 +5,7 @@ leads to, `decoding` the thresholds that turn a mean into bits and how often the
 `certificate` what a decoder promises for all states, `validation` the loop on every input of a task.
 """
 
+from ntk_ensembles.theory.at_width import MOVEMENT_MAX, WidthPrediction
 from ntk_ensembles.theory.certificate import (
     Certificate,
     WorstCase,
@@ -19,6 +20,7 @@ from ntk_ensembles.theory.decoding import (
     Decoder,
     ExactMatchBand,
     LimitPrediction,
+    Prediction,
     bit_error_probability,
     decode,
     decode_mean,
@@ -38,6 +40,7 @@ from ntk_ensembles.theory.predictor import KERNELS, Gaussian, Kernel, Posterior,
 __all__ = [
     "DECODERS",
     "KERNELS",
+    "MOVEMENT_MAX",
     "TIE",
     "Certificate",
     "Decoder",
@@ -49,12 +52,14 @@ __all__ = [
     "NTKExecutor",
     "Kernel",
     "Posterior",
+    "Prediction",
     "Rollout",
     "Step",
     "Stepper",
     "TemplatePredictor",
     "TensorStepper",
     "Trace",
+    "WidthPrediction",
     "WorstCase",
     "VarianceEstimate",
     "bit_error_probability",

@@ -194,12 +194,10 @@ class _Units:
 
     def __init__(self, hidden: Tensor, seen: Tensor, noise: tuple[float, float]) -> None:
         self._hidden, self._seen, self._noise = hidden, seen, noise
-        self._active = (hidden > 0).to(hidden.dtype)
-        self._values = hidden.relu()
-        self._features = self._values @ seen
-        self._gated = self._active @ seen
-        self._sum, self._square = self._values.sum(1), self._values.square().sum(1)
-        self._count = self._active.sum(1)
+        active, values = (hidden > 0).to(hidden.dtype), hidden.relu()
+        self._features, self._gated = values @ seen, active @ seen
+        self._sum, self._square = values.sum(1), values.square().sum(1)
+        self._count = active.sum(1)
 
     def squares(self, at: Tensor, on: float, off: float) -> Tensor:
         """E[ξ_j²] over the readout and the initial function, for each unit: (units, bits).
@@ -210,12 +208,13 @@ class _Units:
             off: w_u.
         """
         contrast = on - off
-        values, active = self._values[:, at], self._active[:, at]
-        argument = self._hidden[:, at].sum(1) / math.sqrt(len(at))
+        hidden = self._hidden.index_select(1, at)
+        values, active = hidden.relu(), (hidden > 0).to(hidden.dtype)
+        argument = hidden.sum(1) / math.sqrt(len(at))
         gap = argument.relu() - contrast * values.sum(1) - off * self._sum
         # x_i·1[w·x > 0] − v_i is this much above −w_u on the matching templates.
         inside = (argument > 0).to(values.dtype) / math.sqrt(len(at)) - contrast
-        moved = inside[:, None] * (active @ self._seen[at]) - off * self._gated
+        moved = inside[:, None] * (active @ self._seen.index_select(0, at)) - off * self._gated
         result = (gap[:, None] * self._features + moved).square() + moved.square()
         result += moved.square().sum(1, keepdim=True)
         own, shared = self._noise
