@@ -24,7 +24,15 @@ from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX
 from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.runs.store import fingerprint
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
-from ntk_ensembles.theory import MOVEMENT_MAX, FiniteWidth, LimitPrediction, WidthPrediction
+from ntk_ensembles.theory import (
+    LABELS,
+    MOVEMENT_MAX,
+    FiniteWidth,
+    Labels,
+    LimitPrediction,
+    TemplatePredictor,
+    WidthPrediction,
+)
 
 Accelerator = Literal["auto", "cpu", "gpu"]
 KeepWeights = Literal["auto", "all", "none"]
@@ -51,6 +59,10 @@ class RunOptions:
 
     loss: Loss = "whitened"
     """Squared error whitened by the analytic kernel (converges in a few steps), or plain."""
+
+    labels: Labels = "plain"
+    """Train on the templates' labels, or on labels corrected for the width, so that the mean of many members approaches
+    that of infinite width."""
 
     precision: Precision = "32-true"
     """Lightning's names; bf16-mixed computes the products of a step's update in bfloat16 and all else in float32."""
@@ -107,6 +119,7 @@ class RunOptions:
         check_range("seed", self.seed, 0, SEED_MAX)
         check_choice("init", self.init, INITS)
         check_choice("loss", self.loss, LOSSES)
+        check_choice("labels", self.labels, LABELS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("accelerator", self.accelerator, get_args(Accelerator))
         check_choice("engine", self.engine, ENGINES)
@@ -122,6 +135,8 @@ class RunOptions:
             raise OptionError("tolerance", self.tolerance, "a number between 0 and 1")
         if self.init == "antisymmetric" and self.width % 2:
             raise OptionError("width", self.width, "an even number with antisymmetric initialisation")
+        if self.labels == "corrected" and self.loss != "whitened":
+            raise OptionError("labels", "corrected", "plain with another loss than whitened, whose bias is not known")
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise OptionError("accelerator", "gpu", "auto or cpu, as PyTorch sees no GPU here")
         if self.out is not None and self.resume is not None:
@@ -166,7 +181,9 @@ class Experiment:
     @cached_property
     def finite_width(self) -> FiniteWidth:
         """Theory of the members' own width."""
-        return FiniteWidth(self.limit.predictor, self.options.width)
+        options = self.options
+        predictor = TemplatePredictor(self.task.templates, antisymmetric=options.init == "antisymmetric")
+        return FiniteWidth(predictor, options.width, corrected=options.labels == "corrected")
 
     @property
     def without_finite_width(self) -> str | None:
@@ -192,14 +209,23 @@ class Experiment:
         Args:
             limit: Infinite width on these states.
         """
-        return None if self.without_finite_width else WidthPrediction(limit, self.options.width)
+        return None if self.without_finite_width else WidthPrediction(limit, self.finite_width)
 
     @cached_property
     def recipe(self) -> Recipe:
-        """How members are made."""
+        """How members are made.
+
+        Raises:
+            OptionError: The width is too small for labels to be corrected.
+        """
         options = self.options
+        labels = self.task.templates.labels
+        if options.labels == "corrected":
+            if self.finite_width.movement > MOVEMENT_MAX:
+                raise OptionError("labels", "corrected", f"plain at width {options.width}, or a larger width")
+            labels = self.finite_width.labels
         return Recipe(
-            self.task.templates.labels.to(torch.float32),
+            labels.to(torch.float32),
             options.width,
             options.init,
             options.seed,
@@ -236,7 +262,7 @@ class Experiment:
             device_type: Kind of device that trains the members, "cpu" or "cuda"; by default this machine's.
         """
         options = self.options
-        return fingerprint(
+        found = fingerprint(
             self.task,
             self.recipe,
             self.evaluation,
@@ -244,3 +270,4 @@ class Experiment:
             options.evaluation_seed,
             device_type or self.device.type,
         )
+        return {**found, "labels": options.labels}

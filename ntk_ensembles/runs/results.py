@@ -59,6 +59,7 @@ class Results(TypedDict):
     members: int
     members_planned: int
     init: str
+    labels: str
     loss: str
     precision: str
     tolerance: float
@@ -103,6 +104,7 @@ def results_of(
         "members": len(members),
         "members_planned": len(experiment.planned),
         "init": manifest["init"],
+        "labels": manifest["labels"],
         "loss": manifest["loss"],
         "precision": manifest["precision"],
         "tolerance": manifest["tolerance"],
@@ -160,6 +162,7 @@ def _draw(store: RunStore, experiment: Experiment, results: Results) -> None:
     rows = results["convergence"]
     bands = {decoder: experiment.limit.band([row["members"] for row in rows], decoder) for decoder in DECODERS}
     title = f"{experiment.task!r}: {results['templates']} templates, width {results['width']}, "
+    title += "corrected labels, " if results["labels"] == "corrected" else ""
     title += f"{results['init']}, {rows[-1]['members']} members"
     figure = convergence_figure(rows, bands, title)
     path = store.directory / "figures" / "convergence.png"

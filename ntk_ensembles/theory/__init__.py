@@ -33,13 +33,14 @@ from ntk_ensembles.theory.decoding import (
 )
 from ntk_ensembles.theory.empirical import empirical_ntk, linearise
 from ntk_ensembles.theory.executor import NTKExecutor, Rollout, Step, Stepper, TensorStepper, Trace, rollout
-from ntk_ensembles.theory.finite_width import FiniteWidth, VarianceEstimate
+from ntk_ensembles.theory.finite_width import LABELS, FiniteWidth, Labels, VarianceEstimate
 from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
 from ntk_ensembles.theory.predictor import KERNELS, Gaussian, Kernel, Posterior, TemplatePredictor, posterior
 
 __all__ = [
     "DECODERS",
     "KERNELS",
+    "LABELS",
     "MOVEMENT_MAX",
     "TIE",
     "Certificate",
@@ -51,6 +52,7 @@ __all__ = [
     "LimitPrediction",
     "NTKExecutor",
     "Kernel",
+    "Labels",
     "Posterior",
     "Prediction",
     "Rollout",

@@ -29,22 +29,18 @@ class WidthPrediction(Prediction):
 
     Args:
         limit: Infinite width on the same states.
-        width: n, the number of hidden units, at least 1.
-        corrected: Whether members are trained on corrected labels, as in `FiniteWidth`; False by default.
+        finite: Theory of the width, of the same templates and initialisation.
         units: Number of hidden units to draw for the variance; 256 by default. The seed is fixed.
 
     Attributes:
-        finite: Theory of this width.
+        finite: As given.
         rows: Which of the evaluation states are predicted: all, or of more than 1,024 as many at equal distances.
         variance_error: Standard error of the mean variance from the number of units drawn, as a share of it; an upper
             bound.
-
-    Raises:
-        OptionError: The width is too small for labels to be corrected, or less than 1.
     """
 
-    def __init__(self, limit: LimitPrediction, width: int, *, corrected: bool = False, units: int = _UNITS) -> None:
-        self.finite = FiniteWidth(limit.predictor, width, corrected=corrected)
+    def __init__(self, limit: LimitPrediction, finite: FiniteWidth, *, units: int = _UNITS) -> None:
+        self.finite = finite
         states = len(limit.mean)
         count = min(states, _STATES_MAX)
         self.rows: Int64[Tensor, " rows"] = torch.arange(count) * states // count

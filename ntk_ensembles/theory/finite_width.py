@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float64
@@ -19,6 +20,13 @@ from torch import Tensor
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.theory.kernels import NNGP_DIAGONAL, NTK_DIAGONAL, ORTHOGONAL, kappa1
 from ntk_ensembles.theory.predictor import TemplatePredictor
+
+Labels = Literal["plain", "corrected"]
+"""What members are trained on. ``plain``: the templates' labels Y. ``corrected``: Y − b, so that the ensemble's mean
+approaches that of infinite width (docs/theory.md, equation (42))."""
+
+LABELS: tuple[Labels, ...] = get_args(Labels)
+"""All labels, the default first."""
 
 _GAP = NTK_DIAGONAL - ORTHOGONAL
 
@@ -110,19 +118,22 @@ class FiniteWidth:
             matches: Which templates match each state, as from `TemplateSet.matches`, shape (states, templates).
 
         Returns:
-            docs/theory.md, equation (40), shape (states, bits), in units of the labels; exactly 0 where at most
-            one template matches, and everywhere for corrected labels.
+            docs/theory.md, equation (40), shape (states, bits), in units of the labels: 0 for corrected labels. A
+            template alone is a training point, where every member outputs what it was trained on: 0 for plain labels,
+            −b for corrected ones. Nothing matches a state that is 0.
         """
         matched = matches.sum(1)
         matched_weight, unmatched_weight = self._predictor.weights(matched)
         labels = torch.zeros_like(self.labels)
         labels[: matches.shape[1]] = self._predictor.templates.labels.to(torch.float64)
-        moved = self.labels + self.shift - labels
+        trained = self.labels - labels
+        moved = trained + self.shift
         if bool((moved.abs() <= 1e-13).all()):
             moved = torch.zeros_like(moved)
         contrast = (matched_weight - unmatched_weight)[:, None]
         bias = contrast * (self._padded(matches) @ moved) + unmatched_weight[:, None] * moved.sum(0)
-        return bias.where(matched[:, None] > 1, 0.0)
+        alone = self._padded(matches) @ trained
+        return bias.where(matched[:, None] > 1, alone.where(matched[:, None] == 1, 0.0))
 
     def variance(
         self, matches: Bool[Tensor, "states templates"], *, generator: torch.Generator, units: int = 1024

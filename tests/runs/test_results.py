@@ -84,7 +84,7 @@ def test_results_hold_the_members_own_width_where_it_is_valid() -> None:
         finite = results["finite_width"]
         assert finite["movement"] == pytest.approx(FiniteWidth(experiment.limit.predictor, width).movement)
         assert (finite["omitted"] is None) == valid
-        prediction = WidthPrediction(experiment.limit, width)
+        prediction = WidthPrediction(experiment.limit, FiniteWidth(experiment.limit.predictor, width))
         for found in results["convergence"]:
             if valid:
                 expected = prediction.exact_match(found["members"], "midpoint")

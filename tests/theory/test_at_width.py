@@ -20,10 +20,14 @@ def limit(antisymmetric: bool = False) -> LimitPrediction:
     return LimitPrediction(TASK, EVALUATION, antisymmetric=antisymmetric)
 
 
+def at_width(infinite: LimitPrediction, width: int, *, units: int = 256, corrected: bool = False) -> WidthPrediction:
+    return WidthPrediction(infinite, FiniteWidth(infinite.predictor, width, corrected=corrected), units=units)
+
+
 @pytest.mark.parametrize("antisymmetric", [False, True])
 def test_rates_are_those_of_outputs_drawn_from_mean_and_variance(antisymmetric: bool) -> None:
     infinite = limit(antisymmetric)
-    prediction = WidthPrediction(infinite, 12 * SIZE)
+    prediction = at_width(infinite, 12 * SIZE)
     theory = FiniteWidth(infinite.predictor, 12 * SIZE)
     estimate = theory.variance(EVALUATION.matches, generator=torch.Generator().manual_seed(0), units=256)
     mean = infinite.mean + theory.bias(EVALUATION.matches)
@@ -48,7 +52,7 @@ def test_rates_are_those_of_outputs_drawn_from_mean_and_variance(antisymmetric: 
 
 
 def test_it_becomes_infinite_width() -> None:
-    infinite, prediction = limit(), WidthPrediction(limit(), 10**9, units=16)
+    infinite, prediction = limit(), at_width(limit(), 10**9, units=16)
     for members in (1, 4):
         assert prediction.rms_deviation(members) == pytest.approx(infinite.rms_deviation(members), rel=1e-3)
         for decoder in DECODERS:
@@ -57,10 +61,10 @@ def test_it_becomes_infinite_width() -> None:
 
 
 def test_of_many_states_some_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = WidthPrediction(limit(), 20 * SIZE)
+    whole = at_width(limit(), 20 * SIZE)
     assert whole.rows.tolist() == list(range(150))
     monkeypatch.setattr("ntk_ensembles.theory.at_width._STATES_MAX", 40)
-    part = WidthPrediction(limit(), 20 * SIZE)
+    part = at_width(limit(), 20 * SIZE)
     assert len(part.rows) == 40
     assert (part.rows.diff() > 0).all()
     assert torch.equal(part.mean, whole.mean[part.rows])
@@ -70,8 +74,8 @@ def test_of_many_states_some_are_predicted(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_error_bounds_what_more_units_change() -> None:
     infinite = limit(antisymmetric=True)
-    truth = float(WidthPrediction(infinite, 20 * SIZE, units=20_000).variance.mean())
-    few = WidthPrediction(infinite, 20 * SIZE, units=200)
+    truth = float(at_width(infinite, 20 * SIZE, units=20_000).variance.mean())
+    few = at_width(infinite, 20 * SIZE, units=200)
     assert 0 < few.variance_error < 0.2
     assert abs(float(few.variance.mean()) / truth - 1) < 4 * few.variance_error
 
@@ -92,7 +96,7 @@ def test_trained_ensembles_deviate_as_predicted(init: str) -> None:
     """At n/k = 80, for N from 1 to 256: within 10%, and less than predicted rather than more."""
     width = 80 * SIZE
     infinite = limit(init == "antisymmetric")
-    prediction = WidthPrediction(infinite, width, units=2048)
+    prediction = at_width(infinite, width, units=2048)
     members = deviations(prediction, infinite, width, init, 256)
     for size in (1, 4, 16, 256):
         groups = members.view(-1, size, *members.shape[1:]).mean(1)
@@ -101,3 +105,21 @@ def test_trained_ensembles_deviate_as_predicted(init: str) -> None:
         # (docs/theory.md, section 10).
         low = 0.84 if size == 256 and init == "gaussian" else 0.9
         assert low < measured / prediction.rms_deviation(size) < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["gaussian", "antisymmetric"])
+def test_corrected_labels_bring_the_mean_to_that_of_infinite_width(init: str) -> None:
+    """At n/k = 80: what is left of the bias is less than a third of it, where several templates match."""
+    width = 80 * SIZE
+    infinite = limit(init == "antisymmetric")
+    plain, corrected = (at_width(infinite, width, corrected=choice) for choice in (False, True))
+    several = EVALUATION.matches.sum(1) > 1
+    members = deviations(corrected, infinite, width, init, 512)[:, several]
+    # Of the mean's square the part that 512 members leave by chance is taken off.
+    left = float(members.mean(0).square().mean() - members.var(0).mean() / 512)
+    assert left < float(plain.bias[several].square().mean()) / 9
+    alone = EVALUATION.matches.sum(1) == 1
+    torch.testing.assert_close(
+        deviations(corrected, infinite, width, init, 64)[:, alone].mean(0), corrected.bias[alone], rtol=0, atol=2e-3
+    )
