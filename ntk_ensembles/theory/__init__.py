@@ -36,6 +36,7 @@ from ntk_ensembles.theory.executor import NTKExecutor, Rollout, Step, Stepper, T
 from ntk_ensembles.theory.finite_width import LABELS, FiniteWidth, Labels, VarianceEstimate
 from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
 from ntk_ensembles.theory.predictor import KERNELS, Gaussian, Kernel, Posterior, TemplatePredictor, posterior
+from ntk_ensembles.theory.width_certificate import certify_width
 
 __all__ = [
     "DECODERS",
@@ -67,6 +68,7 @@ __all__ = [
     "bit_error_probability",
     "certify",
     "certify_task",
+    "certify_width",
     "decode",
     "decode_mean",
     "empirical_ntk",

@@ -61,6 +61,10 @@ class FiniteWidth:
         labels: What members are trained on: Y, or Y − b, shape (templates, bits), float64; padding in the last rows.
         shift: b (docs/theory.md, equation (39)): the ensemble's mean is that of infinite width for
             ``labels + shift``; shape (templates, bits), float64.
+        predictor: As given.
+        width: As given.
+        trained: Training labels less Y: 0, or −b; shape (templates, bits), float64.
+        moved: What the ensemble's mean is that of infinite width for, less Y: b, or 0; of the same shape.
         movement: √(k/n)·|r_i|, root mean square over templates: the share of its own scale by which a hidden weight
             moves in training. The expansion is in powers of it.
 
@@ -71,8 +75,8 @@ class FiniteWidth:
     def __init__(self, predictor: TemplatePredictor, width: int, *, corrected: bool = False) -> None:
         if width < 1:
             raise OptionError("width", width, "an integer of at least 1")
-        self._predictor = predictor
-        self._width = width
+        self.predictor = predictor
+        self.width = width
         labels = predictor.templates.labels.to(torch.float64)
         padding = labels.new_zeros(predictor.size - len(labels), labels.shape[1])
         wanted = torch.cat([labels, padding])
@@ -86,14 +90,18 @@ class FiniteWidth:
                     break
             else:
                 raise OptionError("width", width, f"more: the shift of {len(labels)} templates' labels does not settle")
+        self.trained = self.labels - wanted
+        self.moved = self.trained + self.shift
+        if bool((self.moved.abs() <= 1e-13).all()):
+            self.moved = torch.zeros_like(self.moved)
         lengths = self._lengths(_through_inverse(self.labels))
         self.movement = math.sqrt(predictor.size / width) * float(lengths.square().mean().sqrt())
 
     def _noise(self) -> tuple[float, float]:
         """The covariance of r's rows over initialisations: own·I + shared·11ᵀ (docs/theory.md, equation (41))."""
-        if self._predictor.antisymmetric:
+        if self.predictor.antisymmetric:
             return 0.0, 0.0
-        size = self._predictor.size
+        size = self.predictor.size
         # On the all-ones vector the inverse kernel is 1/(d − c + ck), elsewhere 1/(d − c).
         own = (NNGP_DIAGONAL - ORTHOGONAL) / (size * _GAP**2)
         total = (NNGP_DIAGONAL - ORTHOGONAL + ORTHOGONAL * size) / (size * (_GAP + ORTHOGONAL * size) ** 2)
@@ -105,11 +113,11 @@ class FiniteWidth:
 
     def _shift(self, labels: Tensor) -> Tensor:
         seen = _through_inverse(labels)
-        return math.sqrt(self._predictor.size / self._width) / (2 * math.pi) * self._lengths(seen) * seen
+        return math.sqrt(self.predictor.size / self.width) / (2 * math.pi) * self._lengths(seen) * seen
 
     def _padded(self, matches: Tensor) -> Tensor:
         hot = matches.to(torch.float64)
-        return torch.cat([hot, hot.new_zeros(len(hot), self._predictor.size - hot.shape[1])], 1)
+        return torch.cat([hot, hot.new_zeros(len(hot), self.predictor.size - hot.shape[1])], 1)
 
     def bias(self, matches: Bool[Tensor, "states templates"]) -> Float64[Tensor, "states bits"]:
         """Compute by how much the ensemble's mean differs from that of infinite width.
@@ -123,16 +131,11 @@ class FiniteWidth:
             −b for corrected ones. Nothing matches a state that is 0.
         """
         matched = matches.sum(1)
-        matched_weight, unmatched_weight = self._predictor.weights(matched)
-        labels = torch.zeros_like(self.labels)
-        labels[: matches.shape[1]] = self._predictor.templates.labels.to(torch.float64)
-        trained = self.labels - labels
-        moved = trained + self.shift
-        if bool((moved.abs() <= 1e-13).all()):
-            moved = torch.zeros_like(moved)
+        matched_weight, unmatched_weight = self.predictor.weights(matched)
+        moved = self.moved
         contrast = (matched_weight - unmatched_weight)[:, None]
         bias = contrast * (self._padded(matches) @ moved) + unmatched_weight[:, None] * moved.sum(0)
-        alone = self._padded(matches) @ trained
+        alone = self._padded(matches) @ self.trained
         return bias.where(matched[:, None] > 1, alone.where(matched[:, None] == 1, 0.0))
 
     def variance(
@@ -168,27 +171,27 @@ class FiniteWidth:
             block = _Units(drawn, seen.to(drawn.dtype), self._noise())
             for state, row in enumerate(matches):
                 if int(row.sum()) > 1:
-                    weights = [float(weight) for weight in self._predictor.weights(row.sum()[None])]
+                    weights = [float(weight) for weight in self.predictor.weights(row.sum()[None])]
                     values = block.squares(row.nonzero().flatten(), *weights)
                     total[state] += values.sum(0, dtype=torch.float64)
                     squares[state] += values.square().sum(0, dtype=torch.float64)
             done += count
         mean = total / units
         error = ((squares / units - mean.square()).clamp_min(0) / (units - 1)).sqrt()
-        independent = self._width / 2 if self._predictor.antisymmetric else self._width
-        infinite = self._predictor.variance(matches.sum(1))[:, None] + self._gates(matches, seen)
+        independent = self.width / 2 if self.predictor.antisymmetric else self.width
+        infinite = self.predictor.variance(matches.sum(1))[:, None] + self._gates(matches, seen)
         return VarianceEstimate(infinite + mean / independent, error / independent)
 
     def _gates(self, matches: Tensor, seen: Tensor) -> Tensor:
         """What the gates do to the initial function (docs/theory.md, equation (45))."""
-        if self._predictor.antisymmetric:
+        if self.predictor.antisymmetric:
             return seen.new_zeros(len(matches), seen.shape[1])
-        size = self._predictor.size
+        size = self.predictor.size
         lengths = self._lengths(seen)
-        scale = math.sqrt(size / self._width) / (2 * math.pi * _GAP)
+        scale = math.sqrt(size / self.width) / (2 * math.pi * _GAP)
         share = scale * (lengths + seen.square() / lengths)
         matched = matches.sum(1)
-        on, off = (weight[:, None] for weight in self._predictor.weights(matched))
+        on, off = (weight[:, None] for weight in self.predictor.weights(matched))
         excess = kappa1(matched.clamp_min(1).to(torch.float64).rsqrt())[:, None] - ORTHOGONAL
         total = matched[:, None] * (on - off) + size * off
         own = NNGP_DIAGONAL - ORTHOGONAL
