@@ -31,18 +31,21 @@ class WidthPrediction(Prediction):
         limit: Infinite width on the same states.
         finite: Theory of the width, of the same templates and initialisation.
         units: Number of hidden units to draw for the variance; 256 by default. The seed is fixed.
+        states_max: Number of states to predict at most; 1,024 by default.
 
     Attributes:
         finite: As given.
-        rows: Which of the evaluation states are predicted: all, or of more than 1,024 as many at equal distances.
+        rows: Which of the evaluation states are predicted: all, or as many as were asked for, at equal distances.
         variance_error: Standard error of the mean variance from the number of units drawn, as a share of it; an upper
             bound.
     """
 
-    def __init__(self, limit: LimitPrediction, finite: FiniteWidth, *, units: int = _UNITS) -> None:
+    def __init__(
+        self, limit: LimitPrediction, finite: FiniteWidth, *, units: int = _UNITS, states_max: int = _STATES_MAX
+    ) -> None:
         self.finite = finite
         states = len(limit.mean)
-        count = min(states, _STATES_MAX)
+        count = min(states, states_max)
         self.rows: Int64[Tensor, " rows"] = torch.arange(count) * states // count
         matches = limit.evaluation.matches[self.rows]
         bias = self.finite.bias(matches)

@@ -36,12 +36,15 @@ _IS = (
 )
 
 
-def spread_at_width(finite: FiniteWidth, matches: Bool[Tensor, "states templates"]) -> Float64[Tensor, "kinds bits"]:
+def spread_at_width(
+    finite: FiniteWidth, matches: Bool[Tensor, "states templates"], *, units: int = _UNITS
+) -> Float64[Tensor, "kinds bits"]:
     """Return for each bit the largest variance that the width adds to that of infinite width, on some states.
 
     Args:
         finite: Theory of the width.
         matches: Templates that match each state; states that fewer than two match do not count.
+        units: Number of hidden units to draw; 256 by default.
 
     Returns:
         A row for states in which the bit's next value is 0, and one for 1; where none of the states has that value, the
@@ -49,7 +52,7 @@ def spread_at_width(finite: FiniteWidth, matches: Bool[Tensor, "states templates
     """
     matches = matches[matches.sum(1) > 1]
     predictor = finite.predictor
-    variance = finite.variance(matches, generator=torch.Generator().manual_seed(0), units=_UNITS).variance
+    variance = finite.variance(matches, generator=torch.Generator().manual_seed(0), units=units).variance
     added = variance - predictor.variance(matches.sum(1))[:, None]
     is_one = predictor.templates.set_counts(matches) > 0
     rows = [added.masked_fill(is_one != value, -math.inf).amax(0) for value in (False, True)]

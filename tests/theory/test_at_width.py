@@ -60,11 +60,10 @@ def test_it_becomes_infinite_width() -> None:
             assert prediction.exact_match(members, decoder) == pytest.approx(expected, abs=1e-3)
 
 
-def test_of_many_states_some_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_states_some_are_predicted() -> None:
     whole = at_width(limit(), 20 * SIZE)
     assert whole.rows.tolist() == list(range(150))
-    monkeypatch.setattr("ntk_ensembles.theory.at_width._STATES_MAX", 40)
-    part = at_width(limit(), 20 * SIZE)
+    part = WidthPrediction(limit(), whole.finite, states_max=40)
     assert len(part.rows) == 40
     assert (part.rows.diff() > 0).all()
     assert torch.equal(part.mean, whole.mean[part.rows])
