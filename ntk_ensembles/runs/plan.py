@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ntk_ensembles.ensemble import DescentOptions, Init, Recipe, choose_cohort, predict, train_members
+from ntk_ensembles.ensemble import Init, Recipe, choose_cohort, predict, train_members
 from ntk_ensembles.ensemble.cohort import COHORT_MAX
 from ntk_ensembles.ensemble.workers import cpu_workers
 from ntk_ensembles.runs.options import RunOptions
@@ -37,6 +37,9 @@ MEMBERS_MAX = 1 << 14
 """Ensembles of more members are not planned."""
 
 _STATES, _UNITS = 250, 128
+_WEIGHTS_MEASURED = 1 << 22
+"""Weights of the members whose time is measured."""
+
 _INITS: tuple[Init, ...] = ("gaussian", "antisymmetric")
 
 
@@ -116,15 +119,20 @@ def calibrate(task: Task[Any, Any], width: int, device: torch.device, evaluation
 
     Args:
         task: What they learn.
-        width: Their width, at which training converges.
+        width: The smallest width of interest, at which training converges. Time is measured at a width that keeps this
+            machine busy, for below that it hardly depends on it; steps at this one, where they are more.
         device: Where to compute.
         evaluation: States to evaluate them on.
     """
     workers = cpu_workers() if device.type == "cpu" else 1
-    recipe = Recipe(task.templates.labels.to(torch.float32), width)
+    labels = task.templates.labels.to(torch.float32)
+    busy = 1 << round(math.log2(_WEIGHTS_MEASURED / sum(labels.shape)))
+    recipe = Recipe(labels, min(max(width, busy), max(WIDTHS)))
     inputs = task.templates.encode(evaluation.matches).to(torch.float32)
     # The first call of everything is slower than the rest of a run.
-    train_members(Recipe(recipe.labels, 64, descent=DescentOptions(steps_max=2)), [0], device)
+    first = train_members(Recipe(labels, width), range(2 * workers), device)[1]
+    lowest = sum(math.log10(max(status.relative_loss, 1e-30)) for status in first)
+    decades = -lowest / sum(status.steps for status in first)
     started = time.perf_counter()
     stack, statuses = train_members(recipe, range(2 * workers), device)
     trained = time.perf_counter()
@@ -133,12 +141,11 @@ def calibrate(task: Task[Any, Any], width: int, device: torch.device, evaluation
     recipe.make_stack(range(2 * workers), device)
     drawn = time.perf_counter() - evaluated
     steps = sum(status.steps for status in statuses) / len(statuses)
-    lowest = sum(math.log10(max(status.relative_loss, 1e-30)) for status in statuses) / len(statuses)
     return Calibration(
-        width,
+        recipe.width,
         (drawn + evaluated - trained) / 2,
         max(trained - started - drawn, 0.0) / 2 / steps,
-        -lowest / steps,
+        decades + math.log10(recipe.width / width),
         workers,
     )
 
