@@ -152,7 +152,7 @@ class TemplateSet:
 
         The product with a state reaches the number of required ones exactly where all conditions hold.
         """
-        conditions = torch.zeros(len(self.templates), self.layout.bits)
+        conditions = torch.zeros(len(self.templates), self.layout.bits, dtype=torch.float32)
         for row, template in enumerate(self.templates):
             conditions[row, list(template.ones)] = 1
             conditions[row, list(template.zeros)] = -1
@@ -160,7 +160,7 @@ class TemplateSet:
 
     @cached_property
     def _required(self) -> Float[Tensor, " templates"]:
-        return torch.tensor([float(len(template.ones)) for template in self.templates])
+        return torch.tensor([len(template.ones) for template in self.templates], dtype=torch.float32)
 
     def _check(self) -> None:
         if not self.templates:

@@ -228,7 +228,7 @@ def _train_missing(run: Run, plan: _Plan, launch: Launch, console: Console, extr
             else:
                 _train_in_processes(run, plan, console, shown)
             missing = run.missing()
-            shown.update(members - len(missing))
+            shown.advance(members - len(missing) - shown.completed)
     except StoppedError as stopped:
         return str(stopped), 128 + stopped.signum
     return ("a process has died", 1) if missing else (None, 0)

@@ -136,3 +136,17 @@ def test_inputs_follow_the_generator_alone(name: str) -> None:
         [value for value, _ in zip(task.inputs(random.Random(3)), range(40), strict=False)] for _ in range(2)
     )
     assert first == second
+
+
+def test_another_default_type_changes_nothing() -> None:
+    """What a trainer in double precision sets while it makes its module."""
+    states = torch.tensor([[True, False], [True, True]])
+    layout = StateLayout(word=2)
+    rules = [Template.rule("low", ones=[0], zeros=[1], sets=[1]), Template.rule("both", ones=[0, 1], sets=[0])]
+    torch.set_default_dtype(torch.float64)
+    try:
+        templates = TemplateSet(layout, rules)
+        assert templates.matches(states).tolist() == [[True, False], [False, True]]
+        assert templates.micro_step(states).tolist() == [[False, True], [True, False]]
+    finally:
+        torch.set_default_dtype(torch.float32)
