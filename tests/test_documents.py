@@ -78,18 +78,38 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert scope[name] == value
 
 
-@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_exist(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
-        if link.startswith("http"):
-            continue
+def links_of(page: Path) -> list[str]:
+    """The links of a page to other files of the repository, and to its own headings."""
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)) if not link.startswith("http")]
+
+
+def dead_links(page: Path) -> list[str]:
+    """Those whose file or heading does not exist."""
+    dead = []
+    for link in links_of(page):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
-        assert target.exists(), link
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", text_of(target), re.MULTILINE)
-            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
-            assert anchor in anchors, link
+        headings = re.findall(r"^#+ (.*)$", text_of(target), re.MULTILINE) if anchor and target.exists() else []
+        anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        if not target.exists() or (anchor and anchor not in anchors):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("page", [page for page in LINKING if links_of(page)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_exist(page: Path) -> None:
+    assert dead_links(page) == []
+
+
+def test_dead_links_are_seen(tmp_path: Path) -> None:
+    assert {"README.md", "any-data.md", "sbn.md", "theory.md"} <= {page.name for page in LINKING if links_of(page)}
+    other, page = tmp_path / "other.md", tmp_path / "page.md"
+    other.write_text("# One heading\n## Two, with a comma\n", encoding="utf-8")
+    alive = ["other.md", "other.md#one-heading", "other.md#two-with-a-comma", "#here", "https://nowhere.example/x"]
+    dead = ["another.md", "other.md#three", "#there"]
+    text = "# Here\n" + "\n".join(f"[words]({link}) and more" for link in (*alive, *dead))
+    page.write_text(text, encoding="utf-8")
+    assert dead_links(page) == dead
 
 
 @cache
@@ -123,23 +143,32 @@ def flags(code: str) -> list[str]:
     return re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)
 
 
-@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+WITH_FLAGS = [page for page in LINKING if any(named(code) or code.startswith("--") for code in code_of(page))]
+"""Pages with commands or flags; of others there is nothing to say."""
+
+
+@pytest.mark.parametrize("page", WITH_FLAGS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_flags_exist(page: Path) -> None:
     """Those of a command in its help; a flag that stands alone in the help of one of them."""
+    seen = 0
     everything = "".join(help_of(command) for command in (*COMMANDS, "train.py"))
     for code in code_of(page):
         command = named(code)
         if command is not None:
             assert command in (*COMMANDS, "train.py"), code
+            seen += 1
         # The page of the benchmarks has commands of its own; torchrun's flags come before train.py.
         own = command or code.startswith("--")
         for flag in flags(code[code.find("train.py") :] if command == "train.py" else code) if own else []:
             known = help_of(command) if command else everything
             assert re.search(rf"{flag}(?![\w-])", known), f"{flag} in {code!r}"
+            seen += 1
+    assert seen
 
 
 def test_the_flags_test_sees_flags() -> None:
     seen = {(named(code), flag) for page in LINKING for code in code_of(page) for flag in flags(code)}
+    assert {"README.md", "checkpoints.md", "sbn.md"} <= {page.name for page in WITH_FLAGS}
     assert {("train.py", "--task"), ("run", "--backend"), ("certify", "--task"), (None, "--out")} <= seen
     assert "--nonsense" not in help_of("train.py")
 

@@ -27,6 +27,7 @@ def test_what_fails_halfway_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
+    """Neither while the file is written nor when it is moved: who has opened the old one goes on to read it."""
     place = tmp_path / "deep" / "results.json"
     write_atomically(place, lambda part: part.write_text("first"))
 
@@ -34,9 +35,42 @@ def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
         part.write_text("sec")
         assert place.read_text() == "first"
         part.write_text("second")
+        assert place.read_text() == "first"
 
-    write_atomically(place, slowly)
+    with place.open() as reader:
+        assert reader.read(2) == "fi"
+        before = place.stat().st_ino
+        write_atomically(place, slowly)
+        assert reader.read() == "rst"
+        # A file of its own, moved there as a whole, and not the old one written over.
+        assert place.stat().st_ino != before
+        reader.seek(0)
+        assert reader.read() == "first"
     assert place.read_text() == "second"
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a power failure could leave an empty file where a whole one was."""
+    place = tmp_path / "results.json"
+    write_atomically(place, lambda part: part.write_text("first"))
+    synced: list[tuple[bytes, str]] = []
+    sync = os.fsync
+
+    def watched(handle: int) -> None:
+        sync(handle)
+        synced.append((os.pread(handle, 100, 0), place.read_text()))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_atomically(place, lambda part: part.write_text("second"))
+    assert synced == [(b"second", "first")]
+    assert place.read_text() == "second"
+
+
+def test_others_may_read_what_is_written(tmp_path: Path) -> None:
+    """As a file that is simply opened for writing, and not as the private one that it was at first."""
+    place = tmp_path / "results.json"
+    write_atomically(place, lambda part: part.write_text("text"))
+    assert place.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.options import DecoderOptions, EvaluationOptions, OutputOptions
 from ntk_ensembles.cli.parsing import parse_task
 from ntk_ensembles.console import console
-from ntk_ensembles.errors import OptionError
+from ntk_ensembles.ensemble import INITS, Init
+from ntk_ensembles.ensemble.network import WIDTH_MAX
+from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.tasks import Task
-from ntk_ensembles.theory import TIE, certify_task
+from ntk_ensembles.theory import LABELS, TIE, Labels, certify_task, certify_width
 
 _DESCRIPTION = (
     "Certify what a task's templates promise before any training: can it be learned exactly, for which states, with "
@@ -29,6 +31,15 @@ class CertifyOptions(OutputOptions, DecoderOptions, EvaluationOptions):
     delta: float = 1e-6
     """Chance of any wrong bit that the members needed must stay below, between 0 and 1."""
 
+    width: int | None = None
+    """Hidden units of each member: estimates the members needed at this width too. By default only infinite width."""
+
+    init: Init = "gaussian"
+    """Initial weights of members of --width."""
+
+    labels: Labels = "plain"
+    """Labels that members of --width are trained on."""
+
     def __post_init__(self) -> None:
         """Check the ranges.
 
@@ -38,6 +49,10 @@ class CertifyOptions(OutputOptions, DecoderOptions, EvaluationOptions):
         super().__post_init__()
         if not 0 < self.delta < 1:
             raise OptionError("delta", self.delta, "a number between 0 and 1")
+        if self.width is not None:
+            check_range("width", self.width, 1, WIDTH_MAX)
+        check_choice("init", self.init, INITS)
+        check_choice("labels", self.labels, LABELS)
 
 
 @command("ntk-ensembles certify")
@@ -53,6 +68,17 @@ def certify_command(arguments: list[str], prog: str) -> int:
                 evaluation_states=options.evaluation_states,
                 evaluation_seed=options.evaluation_seed,
             )
+            if options.width is not None:
+                certificate["at_width"] = certify_width(
+                    task,
+                    options.width,
+                    antisymmetric=options.init == "antisymmetric",
+                    labels=options.labels,
+                    decoders=options.decoders,
+                    delta=options.delta,
+                    evaluation_states=options.evaluation_states,
+                    evaluation_seed=options.evaluation_seed,
+                )
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     options.show(certificate, lambda out: _show(task, certificate, out))
@@ -78,25 +104,45 @@ def _show(task: Task[Any, Any], certificate: dict[str, Any], out: Console) -> No
             verdict = {True: "yes", False: "no", None: "open"}[found["exact"]]
             table.add_row(name, words, verdict, _margin(found["worst_one"]), _margin(found["worst_zero"]))
     out.print(table)
-    table = Table(title=f"members that suffice for a chance of {1 - certificate['delta']:.7g}", title_justify="left")
-    table.add_column("decoder")
-    headings = {
-        "one_state": "any one state",
-        "one_reachable_state": "any one reachable",
-        "evaluation_states": f"the {sampled['states']} sampled",
-        "all_states": "all 2^m states",
-    }
-    for heading in headings.values():
-        table.add_column(heading, justify="right")
-    for name, decoder in certificate["decoders"].items():
-        counts = [decoder["members"][key] for key in headings]
-        table.add_row(name, *("none" if count is None else f"{count:,}" for count in counts))
-    out.print(table)
+    chance = f"members that suffice for a chance of {1 - certificate['delta']:.7g}"
+    out.print(_members_table(chance, certificate["decoders"], sampled["states"]))
     out.print("By the union bound over bits and states of exact Gaussian tails.\n")
+    if at_width := certificate.get("at_width"):
+        _show_width(at_width, sampled["states"], out)
     for name, decoder in certificate["decoders"].items():
         for line in _remarks(name, decoder):
             out.print(line, highlight=False)
     out.print(certificate["covers"], style="dim", highlight=False)
+
+
+def _members_table(title: str, decoders: dict[str, Any], sampled: int) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("decoder")
+    headings = {
+        "one_state": "any one state",
+        "one_reachable_state": "any one reachable",
+        "evaluation_states": f"the {sampled} sampled",
+        "all_states": "all 2^m states",
+    }
+    for heading in headings.values():
+        table.add_column(heading, justify="right")
+    for name, decoder in decoders.items():
+        counts = [decoder["members"][key] for key in headings]
+        table.add_row(name, *("none" if count is None else f"{count:,}" for count in counts))
+    return table
+
+
+def _show_width(at_width: dict[str, Any], sampled: int, out: Console) -> None:
+    """Print what is expected at a finite width, beside what was proven for infinite width."""
+    kind = f"{at_width['init']}, {at_width['labels']} labels"
+    title = f"the same, estimated at width {at_width['width']:,} ({kind})"
+    out.print(_members_table(title, at_width["decoders"], sampled))
+    out.print(at_width["is"], highlight=False)
+    trusted = f"below width {at_width['trusted_from']:,} it should not be trusted"
+    if at_width["trusted"]:
+        out.print(f"{trusted[0].upper()}{trusted[1:]}.\n", highlight=False)
+    else:
+        out.print(f"[bold red]The width is too small:[/bold red] {trusted}.\n", highlight=False)
 
 
 def _remarks(name: str, decoder: dict[str, Any]) -> list[str]:

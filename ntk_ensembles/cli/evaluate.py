@@ -17,6 +17,7 @@ from ntk_ensembles.console import Progress
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import write_atomically
 from ntk_ensembles.runs import Ensemble, MemberResults, Run, convergence_rows, print_rows, without_weights
+from ntk_ensembles.runs.results import print_finite_width
 from ntk_ensembles.tasks import EvaluationSet, load_task_class
 from ntk_ensembles.theory import LimitPrediction
 
@@ -57,13 +58,14 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
     members = run.member_results()
     sizes = _sizes(options.members, int(members.converged.sum()))
     if own == {name: getattr(options, name) for name in own}:
-        limit, deviations = experiment.limit, members.deviations[members.converged]
+        limit, at_width, deviations = experiment.limit, experiment.at_width, members.deviations[members.converged]
     else:
         evaluation = EvaluationSet.sample(experiment.task, options.evaluation_states, options.evaluation_seed)
         antisymmetric = experiment.options.init == "antisymmetric"
         limit = LimitPrediction(experiment.task, evaluation, antisymmetric=antisymmetric)
+        at_width = experiment.predict_width(limit)
         deviations = _deviations(run, members, limit, options.messages)
-    rows = convergence_rows(limit, deviations, sizes)
+    rows = convergence_rows(limit, deviations, sizes, at_width)
     results = {
         "run": directory,
         "evaluation_states": len(limit.evaluation),
@@ -78,6 +80,8 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
         states = f"{len(limit.evaluation)} states (seed {options.evaluation_seed})"
         out.print(f"{experiment.task!r}: {len(deviations)} members on {states}.", markup=False)
         print_rows(rows, out, options.decoders)
+        omitted = experiment.without_finite_width
+        print_finite_width(rows, experiment.options.width, omitted, out, options.decoders)
 
     options.show(results, as_text)
     return 0

@@ -39,6 +39,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "evaluate a run again: other states, another decoder, other numbers of members",
     "merge": "put runs that trained different members into one",
     "certify": "compute what is exact, and with how many members, before any training",
+    "plan": "find the width, the members and the labels that reach a target, and their cost on this machine",
     "validate": "execute every input of a task by the NTK mean and compare it with arithmetic",
     "run": "execute programs of the one-instruction computer on the NTK limit or on trained networks",
 }

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ntk_ensembles.theory import DECODERS, Decoder, LimitPrediction, decode
+from ntk_ensembles.theory import DECODERS, Decoder, LimitPrediction, WidthPrediction, decode
 
 _NUMBERS_AT_ONCE = 1 << 22
 """Outputs of ensembles that are decoded together."""
@@ -22,11 +22,14 @@ class ConvergenceRow(TypedDict):
     exact_match: dict[Decoder, float]
     exact_match_spread: dict[Decoder, float | None]
     predicted_exact_match: dict[Decoder, float]
+    finite_width_exact_match: dict[Decoder, float] | None
     execution_match: dict[Decoder, float] | None
     bit_accuracy: dict[Decoder, float]
     predicted_bit_accuracy: dict[Decoder, float]
+    finite_width_bit_accuracy: dict[Decoder, float] | None
     rms_deviation: float
     predicted_rms_deviation: float
+    finite_width_rms_deviation: float | None
 
 
 def ensemble_sizes(members: int) -> list[int]:
@@ -35,7 +38,10 @@ def ensemble_sizes(members: int) -> list[int]:
 
 
 def convergence_rows(
-    limit: LimitPrediction, deviations: Float[Tensor, "members states bits"], sizes: Sequence[int] | None = None
+    limit: LimitPrediction,
+    deviations: Float[Tensor, "members states bits"],
+    sizes: Sequence[int] | None = None,
+    at_width: WidthPrediction | None = None,
 ) -> list[ConvergenceRow]:
     """Return means and spreads over all disjoint groups of N consecutive members, for every N.
 
@@ -45,12 +51,13 @@ def convergence_rows(
         limit: The evaluation states and what infinite width predicts of them.
         deviations: Outputs minus the NTK mean, of members in the order of their indices, any float dtype.
         sizes: The N, each from 1 to the number of members; by default those of `ensemble_sizes`.
+        at_width: What the members' own width predicts of the same states; by default nothing.
     """
     sizes = ensemble_sizes(len(deviations)) if sizes is None else sizes
-    return [_row(limit, deviations, members) for members in sizes]
+    return [_row(limit, deviations, members, at_width) for members in sizes]
 
 
-def _row(limit: LimitPrediction, deviations: Tensor, members: int) -> ConvergenceRow:
+def _row(limit: LimitPrediction, deviations: Tensor, members: int, at_width: WidthPrediction | None) -> ConvergenceRow:
     evaluation = limit.evaluation
     groups = len(deviations) // members
     together = max(_NUMBERS_AT_ONCE // (members * deviations[0].numel()), 1)
@@ -82,6 +89,7 @@ def _row(limit: LimitPrediction, deviations: Tensor, members: int) -> Convergenc
         "exact_match": {decoder: float(values.mean()) for decoder, values in rates.items()},
         "exact_match_spread": {d: float(values.std()) if len(values) > 1 else None for d, values in rates.items()},
         "predicted_exact_match": {decoder: limit.exact_match(members, decoder) for decoder in DECODERS},
+        "finite_width_exact_match": {d: at_width.exact_match(members, d) for d in DECODERS} if at_width else None,
         "execution_match": (
             {decoder: right_trajectories[decoder] / (groups * len(trajectories)) for decoder in DECODERS}
             if trajectories
@@ -89,6 +97,8 @@ def _row(limit: LimitPrediction, deviations: Tensor, members: int) -> Convergenc
         ),
         "bit_accuracy": {decoder: right_bits[decoder] / count for decoder in DECODERS},
         "predicted_bit_accuracy": {decoder: limit.bit_accuracy(members, decoder) for decoder in DECODERS},
+        "finite_width_bit_accuracy": {d: at_width.bit_accuracy(members, d) for d in DECODERS} if at_width else None,
         "rms_deviation": (squares / count) ** 0.5,
         "predicted_rms_deviation": limit.rms_deviation(members),
+        "finite_width_rms_deviation": at_width.rms_deviation(members) if at_width else None,
     }

@@ -18,7 +18,7 @@ def convergence_figure(rows: Sequence[ConvergenceRow], bands: dict[Decoder, Exac
     """Return a figure of exact match and deviation against the number of members, measured over theory.
 
     Args:
-        rows: Convergence rows of one run, at least one.
+        rows: Convergence rows of one run, at least one. Infinite width is dashed, the members' own width solid.
         bands: Bands of each decoder at the same N.
         title: Text above both panels.
     """
@@ -30,7 +30,12 @@ def convergence_figure(rows: Sequence[ConvergenceRow], bands: dict[Decoder, Exac
         band = bands[decoder]
         low, high = band.quantiles[:, 0].tolist(), band.quantiles[:, -1].tolist()
         exact.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
-        exact.plot(sizes, band.mean.tolist(), color=colour, linewidth=1, label=f"{decoder}, theory with its 90% band")
+        label = f"{decoder}, infinite width with its 90% band"
+        exact.plot(sizes, band.mean.tolist(), "--", color=colour, linewidth=1, label=label)
+        at_width = [row["finite_width_exact_match"] for row in rows]
+        if all(at_width):
+            shares = [values[decoder] for values in at_width if values]
+            exact.plot(sizes, shares, color=colour, linewidth=1, label=f"{decoder}, this width")
         exact.errorbar(
             sizes,
             [row["exact_match"][decoder] for row in rows],
@@ -46,8 +51,11 @@ def convergence_figure(rows: Sequence[ConvergenceRow], bands: dict[Decoder, Exac
     predicted = [row["predicted_rms_deviation"] for row in rows]
     label = "measured (theory at infinite width: 0)"
     if any(predicted):
-        deviation.plot(sizes, predicted, color="black", linewidth=1, label="theory, infinite width")
+        deviation.plot(sizes, predicted, "--", color="black", linewidth=1, label="theory, infinite width")
         label = "measured"
+    finite = [row["finite_width_rms_deviation"] for row in rows]
+    if None not in finite:
+        deviation.plot(sizes, finite, color="black", linewidth=1, label="theory, this width")
     deviation.plot(sizes, [row["rms_deviation"] for row in rows], "o", color="black", markersize=4, label=label)
     deviation.set(yscale="log", ylabel="RMS deviation from the NTK mean")
     deviation.legend(fontsize="small")

@@ -25,7 +25,15 @@ from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.runs.record import RecordedTask
 from ntk_ensembles.runs.store import fingerprint
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
-from ntk_ensembles.theory import LimitPrediction
+from ntk_ensembles.theory import (
+    LABELS,
+    MOVEMENT_MAX,
+    FiniteWidth,
+    Labels,
+    LimitPrediction,
+    TemplatePredictor,
+    WidthPrediction,
+)
 
 Accelerator = Literal["auto", "cpu", "gpu"]
 KeepWeights = Literal["auto", "all", "none"]
@@ -52,6 +60,10 @@ class RunOptions:
 
     loss: Loss = "whitened"
     """Squared error whitened by the analytic kernel (converges in a few steps), or plain."""
+
+    labels: Labels = "plain"
+    """Train on the templates' labels, or on labels corrected for the width, so that the mean of many members approaches
+    that of infinite width."""
 
     precision: Precision = "32-true"
     """Lightning's names; bf16-mixed computes the products of a step's update in bfloat16 and all else in float32."""
@@ -108,6 +120,7 @@ class RunOptions:
         check_range("seed", self.seed, 0, SEED_MAX)
         check_choice("init", self.init, INITS)
         check_choice("loss", self.loss, LOSSES)
+        check_choice("labels", self.labels, LABELS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("accelerator", self.accelerator, get_args(Accelerator))
         check_choice("engine", self.engine, ENGINES)
@@ -123,6 +136,8 @@ class RunOptions:
             raise OptionError("tolerance", self.tolerance, "a number between 0 and 1")
         if self.init == "antisymmetric" and self.width % 2:
             raise OptionError("width", self.width, "an even number with antisymmetric initialisation")
+        if self.labels == "corrected" and self.loss != "whitened":
+            raise OptionError("labels", "corrected", "plain with another loss than whitened, whose bias is not known")
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise OptionError("accelerator", "gpu", "auto or cpu, as PyTorch sees no GPU here")
         if self.out is not None and self.resume is not None:
@@ -170,11 +185,53 @@ class Experiment:
         return LimitPrediction(self.task, self.evaluation, antisymmetric=antisymmetric)
 
     @cached_property
-    def recipe(self) -> Recipe:
-        """How members are made."""
+    def finite_width(self) -> FiniteWidth:
+        """Theory of the members' own width."""
         options = self.options
+        predictor = TemplatePredictor(self.task.templates, antisymmetric=options.init == "antisymmetric")
+        return FiniteWidth(predictor, options.width, corrected=options.labels == "corrected")
+
+    @property
+    def without_finite_width(self) -> str | None:
+        """Why nothing is predicted for the members' own width, in words; None if it is."""
+        if self.options.loss != "whitened":
+            return f"the expansion is for training by the whitened loss, not by {self.options.loss}"
+        movement = self.finite_width.movement
+        if movement > MOVEMENT_MAX:
+            return (
+                f"training moves hidden weights by {movement:.2f} of their scale, and the expansion means little "
+                f"above {MOVEMENT_MAX}; it needs a larger width"
+            )
+        return None
+
+    @cached_property
+    def at_width(self) -> WidthPrediction | None:
+        """What the members' own width predicts of the evaluation states; None where it is not valid."""
+        return self.predict_width(self.limit)
+
+    def predict_width(self, limit: LimitPrediction) -> WidthPrediction | None:
+        """Return what the members' own width predicts of states; None where it is not valid.
+
+        Args:
+            limit: Infinite width on these states.
+        """
+        return None if self.without_finite_width else WidthPrediction(limit, self.finite_width)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How members are made.
+
+        Raises:
+            OptionError: The width is too small for labels to be corrected.
+        """
+        options = self.options
+        labels = self.task.templates.labels
+        if options.labels == "corrected":
+            if self.finite_width.movement > MOVEMENT_MAX:
+                raise OptionError("labels", "corrected", f"plain at width {options.width}, or a larger width")
+            labels = self.finite_width.labels
         return Recipe(
-            self.task.templates.labels.to(torch.float32),
+            labels.to(torch.float32),
             options.width,
             options.init,
             options.seed,
@@ -211,7 +268,7 @@ class Experiment:
             device_type: Kind of device that trains the members, "cpu" or "cuda"; by default this machine's.
         """
         options = self.options
-        return fingerprint(
+        found = fingerprint(
             self.task,
             self.recipe,
             self.evaluation,
@@ -219,3 +276,4 @@ class Experiment:
             options.evaluation_seed,
             device_type or self.device.type,
         )
+        return {**found, "labels": options.labels}

@@ -37,6 +37,17 @@ class TrainingResults(TypedDict):
     peak_memory_bytes: int
 
 
+class FiniteWidthResults(TypedDict):
+    """What the members' own width predicts: ``finite_width`` in ``results.json``."""
+
+    movement: float
+    bias_rms: float | None
+    variance: float | None
+    variance_error: float | None
+    states: int | None
+    omitted: str | None
+
+
 class Results(TypedDict):
     """Content of ``results.json`` (docs/checkpoints.md)."""
 
@@ -47,6 +58,7 @@ class Results(TypedDict):
     members: int
     members_planned: int
     init: str
+    labels: str
     loss: str
     precision: str
     tolerance: float
@@ -55,6 +67,7 @@ class Results(TypedDict):
     evaluation_states: int
     executions: int
     convergence: list[ConvergenceRow]
+    finite_width: FiniteWidthResults
     training: TrainingResults
     environment: Environment
 
@@ -90,6 +103,7 @@ def results_of(
         "members": len(members),
         "members_planned": len(experiment.planned),
         "init": manifest["init"],
+        "labels": manifest["labels"],
         "loss": manifest["loss"],
         "precision": manifest["precision"],
         "tolerance": manifest["tolerance"],
@@ -97,7 +111,8 @@ def results_of(
         "state_bits": task.layout.bits,
         "evaluation_states": len(experiment.evaluation),
         "executions": len(experiment.evaluation.trajectories),
-        "convergence": convergence_rows(experiment.limit, kept),
+        "convergence": convergence_rows(experiment.limit, kept, at_width=experiment.at_width),
+        "finite_width": _finite_width(experiment),
         "training": {
             "steps_max": int(members.steps.max()),
             "relative_loss_max": float(losses.max()) if bool(losses.isfinite().all()) else None,
@@ -106,6 +121,18 @@ def results_of(
             "peak_memory_bytes": peak_memory_bytes(device),
         },
         "environment": environment(device, str(experiment.recipe.dtype)),
+    }
+
+
+def _finite_width(experiment: Experiment) -> FiniteWidthResults:
+    predicted = experiment.at_width
+    return {
+        "movement": experiment.finite_width.movement,
+        "bias_rms": float(predicted.bias.square().mean().sqrt()) if predicted else None,
+        "variance": float(predicted.variance.mean()) if predicted else None,
+        "variance_error": predicted.variance_error if predicted else None,
+        "states": len(predicted.rows) if predicted else None,
+        "omitted": experiment.without_finite_width,
     }
 
 
@@ -147,6 +174,7 @@ def _draw(store: RunStore, experiment: Experiment, results: Results) -> None:
     rows = results["convergence"]
     bands = {decoder: experiment.limit.band([row["members"] for row in rows], decoder) for decoder in DECODERS}
     title = f"{experiment.task!r}: {results['templates']} templates, width {results['width']}, "
+    title += "corrected labels, " if results["labels"] == "corrected" else ""
     title += f"{results['init']}, {rows[-1]['members']} members"
     figure = convergence_figure(rows, bands, title.replace("$", r"\$"))
     path = store.directory / "figures" / "convergence.png"
@@ -162,7 +190,10 @@ def _chart(store: RunStore, rows: Sequence[ConvergenceRow], members: MemberResul
 
     folder = store.directory / TENSORBOARD
     for decoder in DECODERS:
-        for kind, prefix in (("measured", ""), ("predicted", "predicted_")):
+        kinds = [("measured", ""), ("predicted", "predicted_"), ("finite width", "finite_width_")]
+        if any(row["finite_width_rms_deviation"] is None for row in rows):
+            del kinds[-1]
+        for kind, prefix in kinds:
             writer = EventFile(folder / f"{kind} ({decoder})")
             for row in rows:
                 values: Mapping[str, Any] = row
@@ -199,6 +230,7 @@ def print_report(results: Results, directory: Path, console: Console) -> None:
         console: Console to print on.
     """
     print_rows(results["convergence"], console)
+    print_finite_width(results["convergence"], results["width"], results["finite_width"]["omitted"], console)
     training = results["training"]
     failed = training["not_converged"]
     if failed:
@@ -263,6 +295,40 @@ def print_rows(rows: Sequence[ConvergenceRow], console: Console, decoders: Seque
     exact = exact_from(rows)
     if exact is not None:
         console.print(f"[bold]All states exact by midpoint from N = {exact} on[/bold], in every group of members.")
+
+
+def print_finite_width(
+    rows: Sequence[ConvergenceRow],
+    width: int,
+    omitted: str | None,
+    console: Console,
+    decoders: Sequence[Decoder] = DECODERS,
+) -> None:
+    """Print what the members' own width predicts, or why it predicts nothing; nothing if there are no rows.
+
+    Args:
+        rows: ``convergence`` of ``results.json``, N ascending.
+        width: Hidden units of each member.
+        omitted: Why nothing is predicted; None if it is.
+        console: Console to print on.
+        decoders: Decoders to show.
+    """
+    if not rows:
+        return
+    if omitted is not None:
+        console.print(f"No theory at width {width}: {omitted}.", highlight=False)
+        return
+    table = Table(title=f"theory at width {width} (asymptotic): measured (predicted)")
+    table.add_column("N", justify="right")
+    for heading in (*decoders, "RMS deviation"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        exact, deviation = row["finite_width_exact_match"], row["finite_width_rms_deviation"]
+        assert exact is not None
+        assert deviation is not None
+        cells = [f"{_percent(row['exact_match'][decoder])} ({_percent(exact[decoder])})" for decoder in decoders]
+        table.add_row(str(row["members"]), *cells, f"{row['rms_deviation']:.2e} ({deviation:.2e})")
+    console.print(table)
 
 
 def exact_from(rows: Sequence[ConvergenceRow]) -> int | None:

@@ -5,6 +5,7 @@ leads to, `decoding` the thresholds that turn a mean into bits and how often the
 `certificate` what a decoder promises for all states, `validation` the loop on every input of a task.
 """
 
+from ntk_ensembles.theory.at_width import MOVEMENT_MAX, WidthPrediction
 from ntk_ensembles.theory.certificate import (
     Certificate,
     WorstCase,
@@ -19,6 +20,7 @@ from ntk_ensembles.theory.decoding import (
     Decoder,
     ExactMatchBand,
     LimitPrediction,
+    Prediction,
     bit_error_probability,
     decode,
     decode_mean,
@@ -31,13 +33,16 @@ from ntk_ensembles.theory.decoding import (
 )
 from ntk_ensembles.theory.empirical import empirical_ntk, linearise
 from ntk_ensembles.theory.executor import NTKExecutor, Rollout, Step, Stepper, TensorStepper, Trace, rollout
-from ntk_ensembles.theory.finite_width import FiniteWidth, VarianceEstimate
+from ntk_ensembles.theory.finite_width import LABELS, FiniteWidth, Labels, VarianceEstimate
 from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
 from ntk_ensembles.theory.predictor import KERNELS, Gaussian, Kernel, Posterior, TemplatePredictor, posterior
+from ntk_ensembles.theory.width_certificate import certify_width
 
 __all__ = [
     "DECODERS",
     "KERNELS",
+    "LABELS",
+    "MOVEMENT_MAX",
     "TIE",
     "Certificate",
     "Decoder",
@@ -48,18 +53,22 @@ __all__ = [
     "LimitPrediction",
     "NTKExecutor",
     "Kernel",
+    "Labels",
     "Posterior",
+    "Prediction",
     "Rollout",
     "Step",
     "Stepper",
     "TemplatePredictor",
     "TensorStepper",
     "Trace",
+    "WidthPrediction",
     "WorstCase",
     "VarianceEstimate",
     "bit_error_probability",
     "certify",
     "certify_task",
+    "certify_width",
     "decode",
     "decode_mean",
     "empirical_ntk",

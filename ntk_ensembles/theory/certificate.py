@@ -32,6 +32,7 @@ from ntk_ensembles.theory.decoding import (
     DECODERS,
     TIE,
     Decoder,
+    Variance,
     decode_mean,
     log_exact_match_probability,
     margin_table,
@@ -310,11 +311,25 @@ def members_for_states(
     """
     gaussian = predictor.predict(matches)
     _, margins = decode_mean(gaussian.mean, decoder, predictor, matches.sum(1), next_states)
+    return members_for_margins(margins, gaussian.variance, delta)
+
+
+def members_for_margins(margins: Float64[Tensor, "states bits"], variance: Variance, delta: float) -> int | None:
+    """Return the smallest N for which states are all decoded right with probability at least 1 − δ.
+
+    Args:
+        margins: Margins of the states' bits.
+        variance: Variance of one member.
+        delta: Chance δ of any wrong bit, between 0 and 1.
+
+    Returns:
+        None where no number suffices: a mean is on the wrong side of its threshold, or lies on it.
+    """
     if float(margins.min()) <= TIE:
         return None
 
     def suffices(members: int) -> bool:
-        failures = -torch.expm1(log_exact_match_probability(margins, gaussian.variance, members))
+        failures = -torch.expm1(log_exact_match_probability(margins, variance, members))
         return float(failures.sum()) <= delta
 
     high = 1
@@ -408,11 +423,8 @@ def certify_task(
     predictor = TemplatePredictor(templates)
     evaluation = EvaluationSet.sample(task, evaluation_states, evaluation_seed)
     seen = evaluation.matches.sum(1)
-    start, start_names = _start_bits(task, evaluation_seed)
-    scopes = {
-        "all_states": MatchBounds(templates),
-        "reachable": MatchBounds(templates, exclusive_bits(templates, start)),
-    }
+    start_names = _start_bits(task, evaluation_seed)[1]
+    scopes = scopes_of(task, evaluation_seed)
     largest = {name: scope.max_matches() for name, scope in scopes.items()}
     rows: dict[str, Any] = {}
     for decoder in decoders:
@@ -445,6 +457,20 @@ def certify_task(
         },
         "decoders": rows,
         "covers": _COVERS,
+    }
+
+
+def scopes_of(task: Task[Any, Any], seed: int = 0) -> dict[str, MatchBounds]:
+    """Return bounds of a task's templates over ``all_states`` and over the ``reachable`` ones.
+
+    Args:
+        task: The task.
+        seed: Seed of the inputs that show in which bits trajectories begin.
+    """
+    templates, start = task.templates, _start_bits(task, seed)[0]
+    return {
+        "all_states": MatchBounds(templates),
+        "reachable": MatchBounds(templates, exclusive_bits(templates, start)),
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -33,6 +33,9 @@ TIE = 1e-9
 """A margin no larger than this is a tie: the mean is 0 but for rounding and `SIGN_THRESHOLD`."""
 
 _CERTAIN_THRESHOLD = 0.5
+
+Variance: TypeAlias = Float64[Tensor, " states"] | Float64[Tensor, "states bits"]
+"""Variance of one member: the same for every bit of a state at infinite width, not at a finite one."""
 
 
 def thresholds(
@@ -167,14 +170,16 @@ def _scores(margins: Tensor, variance: Tensor, members: int) -> Tensor:
     """Return margins in standard deviations of the mean of ``members``; ±∞ where nothing varies."""
     if members < 1:
         raise ValueError(f"{members} members: expected at least 1")
-    deviation = (variance / members).sqrt()[:, None]
+    deviation = (variance / members).sqrt()
+    if variance.ndim == 1:
+        deviation = deviation[:, None]
     # At a tie the limit's σ = 0 (s = 1) is that of exact interpolation by infinite width; a real network
     # misses by a little, to either side alike. Dividing 0 by 0 would give nan there.
     return (margins / deviation).masked_fill(margins.abs() <= TIE, 0.0)
 
 
 def bit_error_probability(
-    margins: Float64[Tensor, "states bits"], variance: Float64[Tensor, " states"], members: int
+    margins: Float64[Tensor, "states bits"], variance: Variance, members: int
 ) -> Float64[Tensor, "states bits"]:
     """Return the chance Φ(−margin·√N/σ) that an ensemble of infinitely wide members decodes a bit wrongly.
 
@@ -185,7 +190,7 @@ def bit_error_probability(
 
     Args:
         margins: Margins from `margins`.
-        variance: Variance of one member, from `TemplatePredictor.predict`.
+        variance: Variance of one member, of a state as from `TemplatePredictor.predict`, or of each bit.
         members: Number of members N, at least 1.
 
     Returns:
@@ -200,7 +205,7 @@ def bit_error_probability(
 
 
 def log_exact_match_probability(
-    margins: Float64[Tensor, "states bits"], variance: Float64[Tensor, " states"], members: int
+    margins: Float64[Tensor, "states bits"], variance: Variance, members: int
 ) -> Float64[Tensor, " states"]:
     """Return the logarithm of the chance that all bits of a state are decoded right: Σ_j log(1 − error_j).
 
@@ -209,7 +214,7 @@ def log_exact_match_probability(
 
     Args:
         margins: Margins from `margins`.
-        variance: Variance of one member, from `TemplatePredictor.predict`.
+        variance: Variance of one member, of a state as from `TemplatePredictor.predict`, or of each bit.
         members: Number of members N, at least 1.
 
     Raises:
@@ -220,13 +225,13 @@ def log_exact_match_probability(
 
 
 def exact_match_probability(
-    margins: Float64[Tensor, "states bits"], variance: Float64[Tensor, " states"], members: int
+    margins: Float64[Tensor, "states bits"], variance: Variance, members: int
 ) -> Float64[Tensor, " states"]:
     """Return the chance that all bits of a state are decoded right: Π_j (1 − error_j), for bits are independent.
 
     Args:
         margins: Margins from `margins`.
-        variance: Variance of one member, from `TemplatePredictor.predict`.
+        variance: Variance of one member, of a state as from `TemplatePredictor.predict`, or of each bit.
         members: Number of members N, at least 1.
 
     Raises:
@@ -326,7 +331,52 @@ def exact_match_band(
     return ExactMatchBand(tuple(members), mean, tuple(levels), quantiles)
 
 
-class LimitPrediction:
+class Prediction:
+    """What is predicted of the mean of N members on some states: Gaussian outputs, decoded.
+
+    Args:
+        mean: Mean output of infinitely many members.
+        variance: Variance of one member.
+        thresholds: Thresholds of each decoder.
+        next_states: True next states.
+        bias: How far ``mean`` is from the NTK mean; by default nowhere.
+
+    Attributes:
+        mean: As given.
+        variance: As given.
+        thresholds: As given.
+        bias: As given.
+        margins: Margins of each decoder.
+    """
+
+    def __init__(
+        self,
+        mean: Float64[Tensor, "states bits"],
+        variance: Variance,
+        thresholds: dict[Decoder, Float64[Tensor, "states bits"]],
+        next_states: Bool[Tensor, "states bits"],
+        bias: Float64[Tensor, "states bits"] | None = None,
+    ) -> None:
+        self.mean, self.variance, self.thresholds = mean, variance, thresholds
+        self.bias = torch.zeros_like(mean) if bias is None else bias
+        self.margins: dict[Decoder, Float64[Tensor, "states bits"]] = {
+            decoder: margins(mean, limits, next_states) for decoder, limits in thresholds.items()
+        }
+
+    def exact_match(self, members: int, decoder: Decoder) -> float:
+        """Return the expected share of states that ensembles of ``members`` members decode right."""
+        return float(exact_match_probability(self.margins[decoder], self.variance, members).mean())
+
+    def bit_accuracy(self, members: int, decoder: Decoder) -> float:
+        """Return the expected share of bits that ensembles of ``members`` members decode right."""
+        return 1 - float(bit_error_probability(self.margins[decoder], self.variance, members).mean())
+
+    def rms_deviation(self, members: int) -> float:
+        """Return the expected root mean square deviation of the mean of ``members`` from the NTK mean."""
+        return float((self.bias.square().mean() + self.variance.mean() / members).sqrt())
+
+
+class LimitPrediction(Prediction):
     """The infinite-width limit on a task's evaluation states: mean, variance, thresholds and margins.
 
     Args:
@@ -349,14 +399,9 @@ class LimitPrediction:
         self.evaluation = evaluation
         self.predictor = TemplatePredictor(task.templates, antisymmetric=antisymmetric)
         gaussian = self.predictor.predict(evaluation.matches)
-        self.mean, self.variance = gaussian.mean, gaussian.variance
         num_matches = evaluation.matches.sum(1)
-        self.thresholds: dict[Decoder, Float64[Tensor, "states bits"]] = {
-            decoder: thresholds(decoder, self.predictor, num_matches) for decoder in DECODERS
-        }
-        self.margins: dict[Decoder, Float64[Tensor, "states bits"]] = {
-            decoder: margins(self.mean, limits, evaluation.next_states) for decoder, limits in self.thresholds.items()
-        }
+        limits = {decoder: thresholds(decoder, self.predictor, num_matches) for decoder in DECODERS}
+        super().__init__(gaussian.mean, gaussian.variance, limits, evaluation.next_states)
 
     @cached_property
     def inputs(self) -> Float64[Tensor, "states templates"]:
@@ -366,18 +411,6 @@ class LimitPrediction:
     def decode(self, deviation: Float[Tensor, "states bits"], decoder: Decoder) -> Bool[Tensor, "states bits"]:
         """Decode an ensemble whose mean deviates from the limit's by ``deviation``."""
         return decode(self.mean + deviation, self.thresholds[decoder])
-
-    def exact_match(self, members: int, decoder: Decoder) -> float:
-        """Return the expected share of states that ``members`` infinitely wide members decode right."""
-        return float(exact_match_probability(self.margins[decoder], self.variance, members).mean())
-
-    def bit_accuracy(self, members: int, decoder: Decoder) -> float:
-        """Return the expected share of bits that ``members`` infinitely wide members decode right."""
-        return 1 - float(bit_error_probability(self.margins[decoder], self.variance, members).mean())
-
-    def rms_deviation(self, members: int) -> float:
-        """Return the expected root mean square deviation of the mean of ``members`` from the limit's."""
-        return float((self.variance.mean() / members).sqrt())
 
     def band(self, members: Sequence[int], decoder: Decoder) -> ExactMatchBand:
         """Return the 90% Monte Carlo band of the exact-match rate, one row per ensemble size in ``members``.

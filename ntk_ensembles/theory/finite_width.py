@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float64
@@ -19,6 +20,13 @@ from torch import Tensor
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.theory.kernels import NNGP_DIAGONAL, NTK_DIAGONAL, ORTHOGONAL, kappa1
 from ntk_ensembles.theory.predictor import TemplatePredictor
+
+Labels = Literal["plain", "corrected"]
+"""What members are trained on. ``plain``: the templates' labels Y. ``corrected``: Y − b, so that the ensemble's mean
+approaches that of infinite width (docs/theory.md, equation (42))."""
+
+LABELS: tuple[Labels, ...] = get_args(Labels)
+"""All labels, the default first."""
 
 _GAP = NTK_DIAGONAL - ORTHOGONAL
 
@@ -53,6 +61,10 @@ class FiniteWidth:
         labels: What members are trained on: Y, or Y − b, shape (templates, bits), float64; padding in the last rows.
         shift: b (docs/theory.md, equation (39)): the ensemble's mean is that of infinite width for
             ``labels + shift``; shape (templates, bits), float64.
+        predictor: As given.
+        width: As given.
+        trained: Training labels less Y: 0, or −b; shape (templates, bits), float64.
+        moved: What the ensemble's mean is that of infinite width for, less Y: b, or 0; of the same shape.
         movement: √(k/n)·|r_i|, root mean square over templates: the share of its own scale by which a hidden weight
             moves in training. The expansion is in powers of it.
 
@@ -63,8 +75,8 @@ class FiniteWidth:
     def __init__(self, predictor: TemplatePredictor, width: int, *, corrected: bool = False) -> None:
         if width < 1:
             raise OptionError("width", width, "an integer of at least 1")
-        self._predictor = predictor
-        self._width = width
+        self.predictor = predictor
+        self.width = width
         labels = predictor.templates.labels.to(torch.float64)
         padding = labels.new_zeros(predictor.size - len(labels), labels.shape[1])
         wanted = torch.cat([labels, padding])
@@ -78,14 +90,18 @@ class FiniteWidth:
                     break
             else:
                 raise OptionError("width", width, f"more: the shift of {len(labels)} templates' labels does not settle")
+        self.trained = self.labels - wanted
+        self.moved = self.trained + self.shift
+        if bool((self.moved.abs() <= 1e-13).all()):
+            self.moved = torch.zeros_like(self.moved)
         lengths = self._lengths(_through_inverse(self.labels))
         self.movement = math.sqrt(predictor.size / width) * float(lengths.square().mean().sqrt())
 
     def _noise(self) -> tuple[float, float]:
         """The covariance of r's rows over initialisations: own·I + shared·11ᵀ (docs/theory.md, equation (41))."""
-        if self._predictor.antisymmetric:
+        if self.predictor.antisymmetric:
             return 0.0, 0.0
-        size = self._predictor.size
+        size = self.predictor.size
         # On the all-ones vector the inverse kernel is 1/(d − c + ck), elsewhere 1/(d − c).
         own = (NNGP_DIAGONAL - ORTHOGONAL) / (size * _GAP**2)
         total = (NNGP_DIAGONAL - ORTHOGONAL + ORTHOGONAL * size) / (size * (_GAP + ORTHOGONAL * size) ** 2)
@@ -97,11 +113,11 @@ class FiniteWidth:
 
     def _shift(self, labels: Tensor) -> Tensor:
         seen = _through_inverse(labels)
-        return math.sqrt(self._predictor.size / self._width) / (2 * math.pi) * self._lengths(seen) * seen
+        return math.sqrt(self.predictor.size / self.width) / (2 * math.pi) * self._lengths(seen) * seen
 
     def _padded(self, matches: Tensor) -> Tensor:
         hot = matches.to(torch.float64)
-        return torch.cat([hot, hot.new_zeros(len(hot), self._predictor.size - hot.shape[1])], 1)
+        return torch.cat([hot, hot.new_zeros(len(hot), self.predictor.size - hot.shape[1])], 1)
 
     def bias(self, matches: Bool[Tensor, "states templates"]) -> Float64[Tensor, "states bits"]:
         """Compute by how much the ensemble's mean differs from that of infinite width.
@@ -110,19 +126,17 @@ class FiniteWidth:
             matches: Which templates match each state, as from `TemplateSet.matches`, shape (states, templates).
 
         Returns:
-            docs/theory.md, equation (40), shape (states, bits), in units of the labels; exactly 0 where at most
-            one template matches, and everywhere for corrected labels.
+            docs/theory.md, equation (40), shape (states, bits), in units of the labels: 0 for corrected labels. A
+            template alone is a training point, where every member outputs what it was trained on: 0 for plain labels,
+            −b for corrected ones. Nothing matches a state that is 0.
         """
         matched = matches.sum(1)
-        matched_weight, unmatched_weight = self._predictor.weights(matched)
-        labels = torch.zeros_like(self.labels)
-        labels[: matches.shape[1]] = self._predictor.templates.labels.to(torch.float64)
-        moved = self.labels + self.shift - labels
-        if bool((moved.abs() <= 1e-13).all()):
-            moved = torch.zeros_like(moved)
+        matched_weight, unmatched_weight = self.predictor.weights(matched)
+        moved = self.moved
         contrast = (matched_weight - unmatched_weight)[:, None]
         bias = contrast * (self._padded(matches) @ moved) + unmatched_weight[:, None] * moved.sum(0)
-        return bias.where(matched[:, None] > 1, 0.0)
+        alone = self._padded(matches) @ self.trained
+        return bias.where(matched[:, None] > 1, alone.where(matched[:, None] == 1, 0.0))
 
     def variance(
         self, matches: Bool[Tensor, "states templates"], *, generator: torch.Generator, units: int = 1024
@@ -157,27 +171,27 @@ class FiniteWidth:
             block = _Units(drawn, seen.to(drawn.dtype), self._noise())
             for state, row in enumerate(matches):
                 if int(row.sum()) > 1:
-                    weights = [float(weight) for weight in self._predictor.weights(row.sum()[None])]
+                    weights = [float(weight) for weight in self.predictor.weights(row.sum()[None])]
                     values = block.squares(row.nonzero().flatten(), *weights)
                     total[state] += values.sum(0, dtype=torch.float64)
                     squares[state] += values.square().sum(0, dtype=torch.float64)
             done += count
         mean = total / units
         error = ((squares / units - mean.square()).clamp_min(0) / (units - 1)).sqrt()
-        independent = self._width / 2 if self._predictor.antisymmetric else self._width
-        infinite = self._predictor.variance(matches.sum(1))[:, None] + self._gates(matches, seen)
+        independent = self.width / 2 if self.predictor.antisymmetric else self.width
+        infinite = self.predictor.variance(matches.sum(1))[:, None] + self._gates(matches, seen)
         return VarianceEstimate(infinite + mean / independent, error / independent)
 
     def _gates(self, matches: Tensor, seen: Tensor) -> Tensor:
         """What the gates do to the initial function (docs/theory.md, equation (45))."""
-        if self._predictor.antisymmetric:
+        if self.predictor.antisymmetric:
             return seen.new_zeros(len(matches), seen.shape[1])
-        size = self._predictor.size
+        size = self.predictor.size
         lengths = self._lengths(seen)
-        scale = math.sqrt(size / self._width) / (2 * math.pi * _GAP)
+        scale = math.sqrt(size / self.width) / (2 * math.pi * _GAP)
         share = scale * (lengths + seen.square() / lengths)
         matched = matches.sum(1)
-        on, off = (weight[:, None] for weight in self._predictor.weights(matched))
+        on, off = (weight[:, None] for weight in self.predictor.weights(matched))
         excess = kappa1(matched.clamp_min(1).to(torch.float64).rsqrt())[:, None] - ORTHOGONAL
         total = matched[:, None] * (on - off) + size * off
         own = NNGP_DIAGONAL - ORTHOGONAL
@@ -194,12 +208,10 @@ class _Units:
 
     def __init__(self, hidden: Tensor, seen: Tensor, noise: tuple[float, float]) -> None:
         self._hidden, self._seen, self._noise = hidden, seen, noise
-        self._active = (hidden > 0).to(hidden.dtype)
-        self._values = hidden.relu()
-        self._features = self._values @ seen
-        self._gated = self._active @ seen
-        self._sum, self._square = self._values.sum(1), self._values.square().sum(1)
-        self._count = self._active.sum(1)
+        active, values = (hidden > 0).to(hidden.dtype), hidden.relu()
+        self._features, self._gated = values @ seen, active @ seen
+        self._sum, self._square = values.sum(1), values.square().sum(1)
+        self._count = active.sum(1)
 
     def squares(self, at: Tensor, on: float, off: float) -> Tensor:
         """E[ξ_j²] over the readout and the initial function, for each unit: (units, bits).
@@ -210,12 +222,13 @@ class _Units:
             off: w_u.
         """
         contrast = on - off
-        values, active = self._values[:, at], self._active[:, at]
-        argument = self._hidden[:, at].sum(1) / math.sqrt(len(at))
+        hidden = self._hidden.index_select(1, at)
+        values, active = hidden.relu(), (hidden > 0).to(hidden.dtype)
+        argument = hidden.sum(1) / math.sqrt(len(at))
         gap = argument.relu() - contrast * values.sum(1) - off * self._sum
         # x_i·1[w·x > 0] − v_i is this much above −w_u on the matching templates.
         inside = (argument > 0).to(values.dtype) / math.sqrt(len(at)) - contrast
-        moved = inside[:, None] * (active @ self._seen[at]) - off * self._gated
+        moved = inside[:, None] * (active @ self._seen.index_select(0, at)) - off * self._gated
         result = (gap[:, None] * self._features + moved).square() + moved.square()
         result += moved.square().sum(1, keepdim=True)
         own, shared = self._noise

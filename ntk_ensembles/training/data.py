@@ -71,6 +71,8 @@ class TaskData(LightningDataModule):
         evaluation_states: Number of distinct states of true trajectories to measure on, at least 1. There are
             fewer if the task's inputs do not lead to as many.
         evaluation_seed: Seed of their draw.
+        labels: What to train on, a row for each template; by default the templates' output bits. The ``labels`` of
+            `FiniteWidth` with ``corrected=True`` take away the bias of members of a finite width.
 
     Attributes:
         task: What is learned.
@@ -82,9 +84,17 @@ class TaskData(LightningDataModule):
         ValueError: The task's templates contradict its reference, or it has no inputs.
     """
 
-    def __init__(self, task: Task[Any, Any], *, evaluation_states: int = 1000, evaluation_seed: int = 0) -> None:
+    def __init__(
+        self,
+        task: Task[Any, Any],
+        *,
+        evaluation_states: int = 1000,
+        evaluation_seed: int = 0,
+        labels: Float[Tensor, "templates bits"] | None = None,
+    ) -> None:
         super().__init__()
         self.task = task
+        self._labels = task.templates.labels if labels is None else labels
         self.limit = LimitPrediction(task, EvaluationSet.sample(task, evaluation_states, evaluation_seed))
 
     @property
@@ -99,7 +109,7 @@ class TaskData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Return the one training batch (X, Y)."""
-        return template_batch(self.task.templates.labels)
+        return template_batch(self._labels)
 
     def val_dataloader(self) -> DataLoader[EvaluationBatch]:
         """Return the evaluation states."""

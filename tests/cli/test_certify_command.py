@@ -10,6 +10,7 @@ import pytest
 from ntk_ensembles.cli.main import main
 from ntk_ensembles.cli.train import train_command
 from ntk_ensembles.tasks import load_task_class
+from ntk_ensembles.theory import certify_width
 
 ROOT = Path(__file__).parents[2]
 RULE110 = f"{ROOT}/examples/rule110.py:Rule110"
@@ -56,6 +57,26 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     printed = " ".join(capsys.readouterr().out.split())
     for words in ("proven", "seen on 50 sampled states", "union bound", "does not cover what a finite width adds"):
         assert words in printed
+
+
+def test_a_width_is_estimated_beside_the_proofs(capsys: pytest.CaptureFixture[str]) -> None:
+    addition = ["--task", "addition", "--bits", "3"]
+    found = certificate(capsys, *addition, "--width", "400", "--init", "antisymmetric", "--labels", "corrected")
+    expected = certify_width(
+        load_task_class("addition")(bits=3), 400, antisymmetric=True, labels="corrected", evaluation_states=50
+    )
+    assert found["at_width"] == expected
+    assert "at_width" not in certificate(capsys, *addition)
+    assert main(["certify", *addition, *SMALL, "--width", "20"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "estimated at width 20 (gaussian, plain labels)",
+        "not a proof",
+        "The width is too small: below width",
+    ):
+        assert words in printed
+    assert main(["certify", *addition, "--width", "0"]) == 2
+    assert "--width 0: expected" in capsys.readouterr().err
 
 
 def test_a_users_own_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

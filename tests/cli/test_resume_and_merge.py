@@ -87,8 +87,11 @@ def test_a_grown_run_trains_only_the_new_members(whole: Path, tmp_path: Path) ->
     assert resume(tmp_path / "grown", "--ensemble", "6") == numbers(whole)
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "grown").glob("checkpoints/*")}
     assert before.items() < after.items()
-    # The grown size is the run's own from now on.
-    assert resume(tmp_path / "grown")["members"] == 6
+    # The grown size is the run's own from now on: a member that is lost is trained again without being asked for.
+    shard(tmp_path / "grown", -1).unlink()
+    again = resume(tmp_path / "grown")
+    assert (again["members"], again["members_planned"]) == (6, 6)
+    assert again == numbers(whole)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,11 @@ def test_a_grown_run_trains_only_the_new_members(whole: Path, tmp_path: Path) ->
         (["--evaluation-states", "41"], "evaluation_states is 41 here and 40 there"),
         (["--evaluation-seed", "2"], "evaluation_seed is 2 here and 0 there"),
         (["--init", "antisymmetric"], "init is antisymmetric here and gaussian there"),
+        (["--steps", "49"], "steps is 49 here and 50 there"),
+        (["--engine", "functional"], "engine is functional here and auto there"),
+        (["--precision", "64-true"], "precision is 64-true here and 32-true there"),
+        (["--loss", "mse"], "loss is mse here and whitened there"),
+        (["--tolerance", "1e-5"], "tolerance is 1e-05 here and 0.0001 there"),
         (["--task", "sbn"], "--task is sbn here and addition there"),
         (["--ensemble", "5"], "ensemble is 5 here and 6 there"),
         (["--first-member", "3"], "first_member is 3 here and 0 there"),
@@ -159,10 +167,12 @@ def damage(path: Path, how: str) -> None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
-        save_file(tensors, path, {**metadata, "format": "99"})
+        # Whole and with the checksum of its content, but of another version or of another run.
+        changes = {"format": "99"} if how == "future" else {"run": "0" * len(metadata["run"])}
+        save_file(tensors, path, {**metadata, **changes})
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "bit-flipped", "foreign", "future"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "bit-flipped", "foreign", "of another run", "future"])
 def test_a_damaged_checkpoint_is_refused_and_can_be_trained_again(
     how: str, whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +181,7 @@ def test_a_damaged_checkpoint_is_refused_and_can_be_trained_again(
     line = complaint(capsys, ["train", "--resume", str(copy)])
     assert str(path) in line
     assert ("another version" if how == "future" else "its members are trained again on --resume") in line
+    assert ("belongs to another run" in line) == (how == "of another run")
     assert str(path) in complaint(capsys, ["merge", str(whole), str(copy)])
     path.unlink()
     assert resume(copy) == numbers(whole)

@@ -21,9 +21,20 @@ TASKS += [Multiplication(9), SBN(8, 4), SBN(branch="nonpositive")]
 @pytest.mark.parametrize("task", TASKS, ids=repr)
 def test_states_are_distinct_and_successors_true(task: Task[Any, Any], count: int) -> None:
     chosen = EvaluationSet.sample(task, count, seed=0)
-    assert len({tuple(row) for row in chosen.states.tolist()}) == len(chosen) <= count
+    assert len({tuple(row) for row in chosen.states.tolist()}) == len(chosen)
+    # As many as were asked for; the small tasks have fewer than 1500, but more than 57.
+    assert len(chosen) == count or (count == 1500 and 57 < len(chosen) < 1500 and task_is_small(task))
     assert torch.equal(chosen.matches, task.templates.matches(chosen.states))
     assert torch.equal(chosen.next_states, task.templates.micro_step(chosen.states))
+
+
+def task_is_small(task: Task[Any, Any]) -> bool:
+    """Whether all its inputs are gone through: 435 words with two ones of 30 bits, 256 and 64 pairs."""
+    return isinstance(task, (Permutation, Addition, Multiplication)) and len(list(task_inputs(task))) < 1000
+
+
+def task_inputs(task: Task[Any, Any]) -> Iterator[Any]:
+    return itertools.islice(task.inputs(random.Random(0)), 1000)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=repr)

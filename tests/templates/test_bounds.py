@@ -82,6 +82,9 @@ def test_exclusive_bits_are_never_one_together(seed: int, count: int, begins: in
     most = MatchBounds(templates, exclusive).max_matches()
     assert most is not None
     assert most.bound >= int(templates.matches(reached).sum(1).max())
+    # And no more than what the proof allows: the states without the pairs that it excludes.
+    allowed = states[~((states[:, :, None] & states[:, None, :]) & exclusive).any(2).any(1)]
+    assert most.bound == int(templates.matches(allowed).sum(1).max())
 
 
 def test_one_phase_at_a_time_is_proved() -> None:

@@ -105,7 +105,11 @@ def test_processes_agree_and_wait_for_each_other() -> None:
         thread.start()
     meeting = Launch(0, 3, address=address).meet()
     meeting.tell({"members": [1, 2]})
-    time.sleep(0.3)
+    deadline = time.monotonic() + 30
+    while len(log) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # Time enough to go on, for who did not wait.
+    time.sleep(0.2)
     assert log == [{"members": [1, 2]}] * 2
     meeting.wait()
     for thread in threads:

@@ -1,0 +1,245 @@
+"""What a decoder is expected to do at a finite width, over all states: an estimate beside `certificate`'s proofs.
+
+Margins are those of infinite width less the bias of the mean, and a score is measured by the variance at that width
+(docs/theory.md, section 10). Over all states with s matching templates, C_j of which set bit j, the bias is bounded by
+the templates that have the most of it. The variance that the width adds hardly depends on the state (it is of order
+1/n, for s = 2 as for s = k), but on the bit: it is taken as the largest seen on evaluation and random states.
+
+Everything rests on an asymptotic expansion: it is an estimate, not a proof.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from ntk_ensembles.tasks import EvaluationSet, Task
+from ntk_ensembles.templates import Bound, MatchBounds
+from ntk_ensembles.theory.at_width import MOVEMENT_MAX, WidthPrediction
+from ntk_ensembles.theory.certificate import Certificate, members_for_margins, scopes_of
+from ntk_ensembles.theory.decoding import DECODERS, TIE, Decoder, LimitPrediction, margin_table
+from ntk_ensembles.theory.finite_width import FiniteWidth, Labels
+from ntk_ensembles.theory.predictor import TemplatePredictor
+
+_RANDOM_STATES = 64
+_UNITS = 256
+
+_IS = (
+    "This is an estimate, not a proof: the expansion in √(templates/width) to first order, and the variance as seen on "
+    "evaluation and random states."
+)
+
+
+def spread_at_width(
+    finite: FiniteWidth, matches: Bool[Tensor, "states templates"], *, units: int = _UNITS
+) -> Float64[Tensor, "kinds bits"]:
+    """Return for each bit the largest variance that the width adds to that of infinite width, on some states.
+
+    Args:
+        finite: Theory of the width.
+        matches: Templates that match each state; states that fewer than two match do not count.
+        units: Number of hidden units to draw; 256 by default.
+
+    Returns:
+        A row for states in which the bit's next value is 0, and one for 1; where none of the states has that value, the
+        largest of any bit.
+    """
+    matches = matches[matches.sum(1) > 1]
+    predictor = finite.predictor
+    variance = finite.variance(matches, generator=torch.Generator().manual_seed(0), units=units).variance
+    added = variance - predictor.variance(matches.sum(1))[:, None]
+    is_one = predictor.templates.set_counts(matches) > 0
+    rows = [added.masked_fill(is_one != value, -math.inf).amax(0) for value in (False, True)]
+    largest = torch.stack(rows)
+    return largest.where(largest > -math.inf, largest.max())
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Scores of all s (rows) at one bit and one C_j, and the range of s that is possible there."""
+
+    bit: int
+    set_count: int
+    scores: Float64[Tensor, " s"]
+    low: int
+    high: int
+    exact: bool = False
+
+    @property
+    def worst(self) -> float:
+        """Smallest score in the range."""
+        return float(self.scores[self.low : self.high + 1].min()) if self.low <= self.high else math.inf
+
+
+def score_at_width(
+    finite: FiniteWidth, bounds: MatchBounds, decoder: Decoder, spread: Float64[Tensor, "kinds bits"]
+) -> float:
+    """Return the smallest margin in standard deviations over all states and bits at a finite width.
+
+    Args:
+        finite: Theory of the width.
+        bounds: Bounds of the same templates, over the states in question.
+        decoder: One of `DECODERS`.
+        spread: Variance that the width adds, as from `spread_at_width`.
+
+    Returns:
+        A lower estimate; 0 where the decoder fails or ties, ∞ where nothing ever matches.
+
+    Raises:
+        RuntimeError: The solver failed.
+    """
+    most, fewest = bounds.max_matches(), bounds.min_matches()
+    if most is None or fewest is None:
+        return math.inf
+    cells = []
+    for bit, fan_in in enumerate(finite.predictor.fan_in.tolist()):
+        scores = _scores(finite, decoder, most.bound, bit, spread)
+        for set_count in range(min(fan_in, most.bound) + 1):
+            high = min(most.bound, bounds.max_matches_estimate(bit, set_count))
+            cells.append(_Cells(bit, set_count, scores[:, set_count], fewest.bound, high))
+    while True:
+        # The worst one's range is made exact, until that does not change it.
+        position = min(range(len(cells)), key=lambda at: cells[at].worst)
+        worst = cells[position]
+        if worst.exact or worst.worst in (0.0, math.inf):
+            return worst.worst
+        bound: Bound | None = bounds.max_matches(worst.bit, worst.set_count)
+        high = -1 if bound is None else bound.bound
+        cells[position] = _Cells(worst.bit, worst.set_count, worst.scores, worst.low, high, exact=True)
+
+
+def _scores(
+    finite: FiniteWidth, decoder: Decoder, most: int, bit: int, spread: Float64[Tensor, "kinds bits"]
+) -> Float64[Tensor, "s set_counts"]:
+    """Return the smallest score of one bit for every s from 0 on (rows) and every C_j (columns)."""
+    predictor = finite.predictor
+    templates = len(predictor.templates)
+    counts = torch.arange(min(int(predictor.fan_in[bit]), most) + 1)
+    fan_in = predictor.fan_in[bit].expand(len(counts))
+    margins = margin_table(predictor, decoder, most, counts, fan_in).margins
+    num_matches = torch.arange(most + 1)
+    sets = predictor.templates.labels[:, bit].bool()
+    # A 1-bit is lowered by the templates with the least bias, a 0-bit raised by those with the most.
+    moved = finite.moved[:templates, bit]
+    on, off = predictor.weights(num_matches)
+    constant = off * finite.moved[:, bit].sum()
+    setters, others = _cumulated(moved[sets].sort().values), _cumulated(moved[~sets].sort().values)
+    highest = _cumulated(moved[~sets].sort(descending=True).values)
+    unset = (num_matches[:, None] - counts).clamp(0, len(others) - 1)
+    lowest = (on - off)[:, None] * (setters[counts] + others[unset]) + constant[:, None]
+    raised = (on - off) * highest[num_matches.clamp_max(len(highest) - 1)] + constant
+    change = torch.where(counts > 0, lowest, -raised[:, None])
+    # A template alone is a training point.
+    trained = finite.trained[:templates, bit]
+    if most >= 1:
+        if bool(sets.any()):
+            change[1, 1:2] = trained[sets].min()
+        change[1, 0] = -trained[~sets].max() if bool((~sets).any()) else 0.0
+    added = spread[(counts > 0).long(), bit]
+    variance = (predictor.variance(num_matches)[:, None] + added).clamp_min(torch.finfo(torch.float64).tiny)
+    variance[: min(2, len(variance))] = torch.finfo(torch.float64).tiny
+    at_width = margins + change
+    scores = (at_width / variance.sqrt()).masked_fill(at_width <= TIE, 0.0)
+    return scores.masked_fill(margins.isinf(), math.inf)
+
+
+def _cumulated(values: Tensor) -> Tensor:
+    return torch.cat([values.new_zeros(1), values.cumsum(0)])
+
+
+def certify_width(
+    task: Task[Any, Any],
+    width: int,
+    *,
+    antisymmetric: bool = False,
+    labels: Labels = "plain",
+    decoders: Sequence[Decoder] = DECODERS,
+    delta: float = 1e-6,
+    evaluation_states: int = 1000,
+    evaluation_seed: int = 0,
+) -> dict[str, Any]:
+    """Return how many members a task is expected to need at a finite width, as plain values.
+
+    Args:
+        task: Task to certify.
+        width: n, the hidden units of each member, at least 1.
+        antisymmetric: Whether members start at exactly 0; False by default.
+        labels: What members are trained on; one of `LABELS`.
+        decoders: Decoders to certify.
+        delta: Chance δ of any wrong bit that the members needed must stay below, between 0 and 1.
+        evaluation_states: Number of evaluation states to sample, at least 1.
+        evaluation_seed: Seed of the evaluation states.
+
+    Raises:
+        ValueError: An argument is outside its range.
+        RuntimeError: The solver failed.
+    """
+    predictor = TemplatePredictor(task.templates, antisymmetric=antisymmetric)
+    finite = FiniteWidth(predictor, width, corrected=labels == "corrected")
+    evaluation = EvaluationSet.sample(task, evaluation_states, evaluation_seed)
+    prediction = WidthPrediction(LimitPrediction(task, evaluation, antisymmetric), finite)
+    scopes = scopes_of(task, evaluation_seed)
+    spread = spread_at_width(finite, states_of_all_densities(task, evaluation))
+    rows: dict[str, Any] = {}
+    for decoder in decoders:
+        certificates = {}
+        for name, bounds in scopes.items():
+            most = bounds.max_matches()
+            assert most is not None
+            score = score_at_width(finite, bounds, decoder, spread)
+            certificates[name] = Certificate(decoder, most, None, None, False, score, task.layout.bits)
+        rows[decoder] = {
+            "score": {
+                name: found.score if math.isfinite(found.score) else None for name, found in certificates.items()
+            },
+            "members": {
+                "one_state": certificates["all_states"].members(delta),
+                "one_reachable_state": certificates["reachable"].members(delta),
+                "evaluation_states": members_for_margins(prediction.margins[decoder], prediction.variance, delta),
+                "all_states": certificates["all_states"].members(delta, task.layout.bits * math.log(2)),
+            },
+        }
+    return {
+        "width": width,
+        "init": "antisymmetric" if antisymmetric else "gaussian",
+        "labels": labels,
+        "movement": finite.movement,
+        "trusted": finite.movement <= MOVEMENT_MAX,
+        "trusted_from": trusted_width(finite),
+        "decoders": rows,
+        "is": _IS,
+    }
+
+
+def trusted_width(finite: FiniteWidth) -> int:
+    """Return the width below which the expansion should not be used.
+
+    Args:
+        finite: Theory of any width of the same templates and initialisation.
+    """
+    # Movement is of order √(k/n), and of plain labels exactly that.
+    return math.ceil(finite.width * (finite.movement / MOVEMENT_MAX) ** 2)
+
+
+def states_of_all_densities(task: Task[Any, Any], evaluation: EvaluationSet) -> Bool[Tensor, "states templates"]:
+    """Return the templates that match a sample of evaluation states and of random states, sparse to dense.
+
+    Args:
+        task: The task.
+        evaluation: Its evaluation states.
+    """
+    generator = torch.Generator().manual_seed(0)
+    density = torch.rand(_RANDOM_STATES, 1, generator=generator)
+    states = torch.rand(_RANDOM_STATES, task.layout.bits, generator=generator) < density
+    some = evaluation.matches[
+        torch.arange(min(len(evaluation), 4 * _RANDOM_STATES))
+        * len(evaluation)
+        // min(len(evaluation), 4 * _RANDOM_STATES)
+    ]
+    return torch.cat([some, task.templates.matches(states)])

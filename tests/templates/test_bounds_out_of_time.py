@@ -1,0 +1,144 @@
+"""Bounds over restricted states by enumeration, and what they say where a search ends before its proof."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize
+
+from ntk_ensembles.tasks import Addition
+from ntk_ensembles.templates import MatchBounds, StateLayout, Template, TemplateSet, exclusive_bits
+from ntk_ensembles.templates import bounds as bounds_module
+
+BITS = 5
+
+
+def random_templates(generator: random.Random, count: int) -> TemplateSet:
+    rules = []
+    for _ in range(count):
+        chosen = generator.sample(range(BITS), generator.randint(1, 3))
+        split = generator.randint(1, len(chosen))
+        sets = generator.sample(range(BITS), generator.randint(0, 3))
+        rules.append(Template.rule("random", ones=chosen[:split], zeros=chosen[split:], sets=sets))
+    return TemplateSet(StateLayout(x=BITS), rules)
+
+
+def counts_by_loops(templates: TemplateSet, allowed: Callable[[tuple[int, ...]], bool]) -> list[int]:
+    """Number of matching templates of every allowed state."""
+    return [
+        sum(all(state[i] for i in t.ones) and not any(state[i] for i in t.zeros) for t in templates.templates)
+        for state in itertools.product([0, 1], repeat=templates.layout.bits)
+        if allowed(state)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 30), st.integers(1, 8), st.integers(0, 4))
+def test_bounds_over_states_without_certain_pairs_are_enumerated_ones(seed: int, count: int, pairs: int) -> None:
+    """To the number itself, from either side; a bit paired with itself is never 1."""
+    generator = random.Random(seed)
+    templates = random_templates(generator, count)
+    never = {tuple(sorted(generator.choices(range(BITS), k=2))) for _ in range(pairs)}
+    exclusive = torch.zeros(BITS, BITS, dtype=torch.bool)
+    for i, j in never:
+        exclusive[i, j] = exclusive[j, i] = True
+    matched = counts_by_loops(templates, lambda state: not any(state[i] and state[j] for i, j in never))
+    bounds = MatchBounds(templates, exclusive)
+    most, fewest = bounds.max_matches(), bounds.min_matches()
+    assert most is not None
+    assert (most.bound, most.attained) == (max(matched), max(matched))
+    some = [s for s in matched if s]
+    assert (fewest.bound if fewest else None) == (min(some) if some else None)
+    for found in (most, fewest):
+        if found is not None:
+            assert not any(found.state[i] and found.state[j] for i, j in never)
+
+
+def test_a_bit_that_is_never_1_matches_nothing_that_wants_it() -> None:
+    """Only the templates of the other bits match; without the restriction all three do."""
+    rules = [Template.rule("own", ones=[i], sets=[i]) for i in range(3)]
+    templates = TemplateSet(StateLayout(x=3), rules)
+    exclusive = torch.zeros(3, 3, dtype=torch.bool)
+    exclusive[1, 1] = True
+    found, free = MatchBounds(templates, exclusive).max_matches(), MatchBounds(templates).max_matches()
+    assert found is not None
+    assert free is not None
+    assert (found.bound, found.attained, bool(found.state[1])) == (2, 2, False)
+    assert free.bound == 3
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_addition_reaches_what_the_proof_about_it_allows(bits: int) -> None:
+    """The bound over states that may be reached lies between those that are, followed one by one, and all of them."""
+    task = Addition(bits)
+    start = torch.zeros(task.layout.bits, dtype=torch.bool)
+    start[list(task.layout["p"]) + list(task.layout["q"])] = True
+    found = MatchBounds(task.templates, exclusive_bits(task.templates, start)).max_matches()
+    reached = []
+    for p, q in itertools.product(range(1 << bits), repeat=2):
+        state = task.initial_state((p, q))[None]
+        for _ in range(2 * bits + 1):
+            reached.append(int(task.templates.matches(state).sum()))
+            state = task.templates.micro_step(state)
+    every = counts_by_loops(task.templates, lambda state: True)
+    assert found is not None
+    assert max(reached) <= found.bound <= max(every)
+
+
+class Interrupted:
+    """HiGHS that runs out of time: its searches, from one on, end with what they have and without a proof."""
+
+    def __init__(self, first: int) -> None:
+        self.calls = 0
+        self._first = first
+        self._milp = optimize.milp
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        found = self._milp(*arguments, **options)
+        if self.calls >= self._first:
+            found.status, found.success, found.message = 1, False, "Time limit reached"
+            # The bound is of the whole search, but the state found so far is all zeros: nothing matches.
+            found.x = np.zeros_like(arguments[0])
+        self.calls += 1
+        return found
+
+
+def test_a_search_for_the_most_that_ends_early_keeps_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    templates = Addition(3).templates
+    every = counts_by_loops(templates, lambda state: True)
+    monkeypatch.setattr(bounds_module, "milp", Interrupted(0))
+    found = MatchBounds(templates).max_matches()
+    assert found is not None
+    assert found.bound == max(every)
+    assert found.attained == int(templates.matches(found.state[None]).sum()) == 0
+
+
+def test_a_search_for_the_fewest_that_ends_early_keeps_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five copies of one template: a state with fewer than five matches is asked for, and the answer does not come."""
+    templates = TemplateSet(StateLayout(x=2), [Template.rule("same", ones=[0], sets=[1])] * 5)
+    monkeypatch.setattr(bounds_module, "milp", Interrupted(1))
+    found = MatchBounds(templates).min_matches()
+    assert found is not None
+    # Nothing is proven but that at least one template matches.
+    assert (found.bound, found.attained) == (1, 5)
+    monkeypatch.undo()
+    proven = MatchBounds(templates).min_matches()
+    assert proven is not None
+    assert (proven.bound, proven.attained) == (5, 5)
+
+
+def test_a_search_that_ends_without_a_state_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*arguments: Any, **options: Any) -> Any:
+        return optimize.OptimizeResult(status=1, x=None, message="Time limit reached", mip_dual_bound=None)
+
+    monkeypatch.setattr(bounds_module, "milp", nothing)
+    with pytest.raises(RuntimeError, match=r"the solver found no state: Time limit reached \(limit: 3 s\)"):
+        MatchBounds(Addition(2).templates, seconds_max=3.0).max_matches()
