@@ -614,11 +614,7 @@ def lock(directory: Path, name: str = ".lock") -> Iterator[None]:
     Raises:
         StoreError: Another process is writing there, or the directory cannot be locked.
     """
-    path = directory / name
-    # A link could lead to any file, and a pipe would have to be waited for.
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise StoreError(f"{path}: is no file; move it away")
-    held = filelock.FileLock(path, timeout=0)
+    held = filelock.FileLock(_lock_path(directory, name), timeout=0)
     try:
         held.acquire()
     except filelock.Timeout:
@@ -635,6 +631,19 @@ def wait_for_lock(directory: Path, name: str) -> None:
     Args:
         directory: The directory.
         name: Name of the file that is locked.
+
+    Raises:
+        StoreError: The directory cannot be locked.
     """
-    with filelock.FileLock(directory / name, poll_interval=0.1):
-        (directory / name).unlink(missing_ok=True)
+    path = _lock_path(directory, name)
+    with filelock.FileLock(path, poll_interval=0.1):
+        path.unlink(missing_ok=True)
+
+
+def _lock_path(directory: Path, name: str) -> Path:
+    """Return the path of a lock, unless what stands there cannot be one."""
+    path = directory / name
+    # A link could lead to any file, and a pipe would have to be waited for.
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise StoreError(f"{path}: is no file; move it away")
+    return path

@@ -111,7 +111,7 @@ def test_events_of_an_earlier_session_are_replaced(tmp_path: Path) -> None:
     options = RunOptions(**{**SMALL, "ensemble": 4}, resume=str(directory))
     train(Addition(2), options, console=QUIET)
     folders = [folder for folder in (directory / "tensorboard").iterdir() if folder.is_dir()]
-    assert len(folders) == 6
+    assert len(folders) == 8
     assert all(len(list(folder.iterdir())) == 1 for folder in folders)
 
 
@@ -151,14 +151,14 @@ def test_weights_are_kept_by_themselves_while_they_take_a_gibibyte_at_most() -> 
     assert not keeps(1, 1, "none")
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_a_run_of_another_version_is_refused_be_it_older_or_newer(version: int, tmp_path: Path) -> None:
     directory = run(tmp_path / "run")
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     path.write_text(json.dumps({**manifest, "format": version}))
-    with pytest.raises(StoreError, match=rf"was written by another version \(format {version}, this one reads 2\)"):
+    with pytest.raises(StoreError, match=rf"was written by another version \(format {version}, this one reads 3\)"):
         Ensemble.load(directory)
 
 
@@ -182,6 +182,6 @@ def test_runs_that_begin_in_one_second_have_directories_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    directories = [prepare_directory(None, "addition") for _ in range(4)]
+    directories = [prepare_directory(None, "addition")[0] for _ in range(4)]
     assert len({directory.resolve() for directory in directories}) == 4
     assert all(directory.parent == Path("runs") and directory.is_dir() for directory in directories)
