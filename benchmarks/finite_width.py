@@ -51,16 +51,26 @@ def measure(task_name: str, width: int, init: str, labels: str, members: int) ->
     limit, predicted, device = experiment.limit, experiment.at_width, experiment.device
     started = time.perf_counter()
     size = choose_cohort(recipe, STATES, members, device)
-    parts, failed = [], 0
+    parts, initial, failed = [], [], 0
+    every = torch.eye(len(task.templates))
+    on, off = (weight[:, None] for weight in limit.predictor.weights(limit.evaluation.matches.sum(1)))
+    weights = off.where(~limit.evaluation.matches, on).float()
     for start in range(0, members, size):
-        stack, statuses = train_members(recipe, range(start, min(start + size, members)), device)
+        indices = range(start, min(start + size, members))
+        stack = recipe.make_stack(indices, device)
+        before = predict(stack, limit.inputs) - weights @ predict(stack, every)
+        del stack
+        stack, statuses = train_members(recipe, indices, device)
         kept = [position for position, status in enumerate(statuses) if status.converged]
         failed += len(stack) - len(kept)
         parts.append(predict(stack, limit.inputs)[kept] - limit.mean.float())
+        initial.append(before[kept])
     deviations = torch.cat(parts)
     variance = deviations.double().var(0)
-    # Of the mean's square, what so many members leave by chance is taken off.
-    squared = float((deviations.double().mean(0).square() - variance / len(deviations)).mean())
+    # Each member is taken without its initial function's own part, which is known and has the mean 0; and of the mean's
+    # square what so many members leave by chance is taken off.
+    cleaned = deviations.double() - torch.cat(initial)
+    squared = float((cleaned.mean(0).square() - cleaned.var(0) / len(cleaned)).mean())
     return {
         "task": task_name,
         **TASKS[task_name],
