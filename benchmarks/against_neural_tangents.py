@@ -36,7 +36,7 @@ CLOSED_LOOP_STATES = 1 << 16
 
 
 def peer() -> None:
-    """The other side: answers one JSON line for each task file named on standard input."""
+    """Answer, as the other side, one JSON line for each task file named on standard input."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def compare(python: str, rounds: int, folder: Path) -> dict[str, Any]:
-    """All figures, task by task."""
+    """Return all figures, task by task."""
     import torch
     from ntk_ensembles.training.environment import environment
 

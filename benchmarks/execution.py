@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def compare(task: SBN, rounds: int) -> dict[str, Any]:
-    """The figures of one machine."""
+    """Return the figures of one machine."""
     states = random_states(task, BATCH)
     executor, predictor = NTKExecutor(task.templates), TemplatePredictor(task.templates)
     steps = task.micro_steps_per_instruction
@@ -85,7 +85,7 @@ def compare(task: SBN, rounds: int) -> dict[str, Any]:
 
 
 def against(row: dict[str, Any], name: str) -> str:
-    """The dense path's rate and the ratio, where it was timed."""
+    """Return the dense path's rate and the ratio, where it was timed."""
     dense = row.get(f"dense_{name}")
     return "" if dense is None else f", dense {dense:.3g} ({row[name] / dense:.0f} times)"
 

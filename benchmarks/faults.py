@@ -376,7 +376,7 @@ def config(run: Path, generator: random.Random) -> bool:
 
 
 def forge(run: Path, generator: random.Random) -> bool:
-    """A tensor of another type, shape or range, with the right checksum."""
+    """Put in a tensor of another type, shape or range, with the right checksum."""
     path = generator.choice(sorted(run.rglob("*.safetensors")))
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -427,7 +427,7 @@ def forge(run: Path, generator: random.Random) -> bool:
 
 
 def leave(run: Path, generator: random.Random) -> bool:
-    """What a killed session may leave, and more."""
+    """Leave what a killed session may leave, and more."""
     folder = run / generator.choice((".", "checkpoints", "weights", "figures"))
     names = [".tmpAbC123", ".members-000000-000001.safetensors.abcd1234", ".manifest.json.x", "members-000009-000009"]
     names += ["members-000007-000008.safetensors", ".beginning", "notes.txt", ".lock"]

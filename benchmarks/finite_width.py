@@ -68,7 +68,7 @@ def measure(task_name: str, width: int, init: str, labels: str, members: int) ->
     deviations = torch.cat(parts)
     variance = deviations.double().var(0)
     # Each member is taken without its initial function's own part, which is known and has the mean 0; and of the mean's
-    # square what so many members leave by chance is taken off.
+    # square what that number of members leaves by chance is taken off.
     cleaned = deviations.double() - torch.cat(initial)
     squared = float((cleaned.mean(0).square() - cleaned.var(0) / len(cleaned)).mean())
     return {
@@ -109,7 +109,7 @@ def study(path: Path, share: float, width_max: int) -> list[dict[str, Any]]:
 
 
 def at(row: dict[str, Any], members: int) -> dict[str, Any]:
-    """The convergence row of so many members, or of the most there are."""
+    """Return the convergence row of this number of members, or of the most there are."""
     return [one for one in row["convergence"] if one["members"] <= members][-1]
 
 

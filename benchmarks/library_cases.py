@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--word-bits", type=int, default=8, help="bits of a cell")
     parser.add_argument("--branch", choices=get_args(Branch), default="negative", help="the branch rule")
     parser.add_argument("--each", type=int, default=12, help="cases of each program")
-    parser.add_argument("--max-instructions", type=int, default=200, help="a case has at most so many instructions")
+    parser.add_argument("--max-instructions", type=int, default=200, help="most instructions of a case")
     parser.add_argument("--seed", type=int, default=0, help="draws the inputs")
     options = parser.parse_args()
     generator = random.Random(options.seed)
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def draw(program: LibraryProgram, machine: Machine, instructions_max: int, generator: random.Random) -> list[int]:
-    """A program with inputs, which halts within so many instructions."""
+    """Return a program with inputs that halts within a number of instructions."""
     assembly = program.assemble(cells=machine.cells, word_bits=machine.word_bits)
     for _ in range(ATTEMPTS_MAX):
         words = list(assembly.words)

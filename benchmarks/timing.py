@@ -9,7 +9,7 @@ SECONDS_MIN = 0.5
 
 
 def rate(work: Callable[[], object], items: int) -> float:
-    """Items a second where each call does so many; after one call to warm up, until `SECONDS_MIN` have passed."""
+    """Return the items done a second by repeated calls: one to warm up, then until `SECONDS_MIN` have passed."""
     work()
     started_at = time.perf_counter()
     calls = 0

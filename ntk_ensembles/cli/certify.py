@@ -86,7 +86,7 @@ def certify_command(arguments: list[str], prog: str) -> int:
 
 
 def _show(task: Task[Any, Any], certificate: dict[str, Any], out: Console) -> None:
-    matched = certificate["matched"]
+    matched = certificate["num_matches"]
     out.print(f"{task!r}: k = {certificate['templates']} templates, m = {certificate['state_bits']} bits.")
     every, reachable, sampled = matched["all_states"], matched["reachable"], matched["sampled"]
     out.print(f"Templates that match a state (s): at most {_extreme(every)} in any of the 2^m states (proven);")
@@ -152,8 +152,8 @@ def _remarks(name: str, decoder: dict[str, Any]) -> list[str]:
     if found["exact"] is False:
         worst = min((w for w in (found["worst_one"], found["worst_zero"]) if w), key=lambda w: float(w["margin"]))
         lines.append(
-            f"{name} fails at bit {worst['bit']}: in a state that {worst['matched']} templates match, "
-            f"{worst['set_by']} of the {worst['fan_in']} templates that can set it is among them, and the others pull "
+            f"{name} fails at bit {worst['bit']}: in a state that {worst['num_matches']} templates match, "
+            f"{worst['set_count']} of the {worst['fan_in']} templates that can set it is among them, and the others pull "
             f"the mean to {worst['margin']:.3g}. Those that set it: {_groups(worst['groups'])}."
         )
     padding = decoder.get("padding", {"all_states": 0})
@@ -162,11 +162,11 @@ def _remarks(name: str, decoder: dict[str, Any]) -> list[str]:
             f"{name} is exact with {padding['all_states']:,} padding templates (without a label); on reachable states "
             f"with {padding['reachable']:,}."
         )
-    if found["coin_flips"]:
+    if found["tie"]:
         worst = found["worst_zero"]
         lines.append(
             f"{name} leaves 0-bits without a margin (*): the infinite mean is exactly 0 where one template matches or "
-            f"none sets the bit (bit {worst['bit']}, s = {worst['matched']}, F = {worst['fan_in']}), and a finite "
+            f"none sets the bit (bit {worst['bit']}, s = {worst['num_matches']}, F = {worst['fan_in']}), and a finite "
             "ensemble decodes it at random."
         )
     return lines

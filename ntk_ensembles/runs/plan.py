@@ -221,7 +221,7 @@ def _members(
     bounds: Any,
     sample: torch.Tensor,
 ) -> dict[Decoder, int]:
-    """Return the members that reach the target at one width, of the decoders that do with at most so many."""
+    """Return, for each decoder that reaches the target at one width, the fewest members that do."""
     found: dict[Decoder, int] = {}
     if bounds is None:
         prediction = WidthPrediction(limit, finite, units=_UNITS, states_max=_STATES)

@@ -445,7 +445,7 @@ def certify_task(
         "templates": len(templates),
         "state_bits": task.layout.bits,
         "delta": delta,
-        "matched": {
+        "num_matches": {
             **{name: _describe_bound(bound) for name, bound in largest.items()},
             "sampled": {"states": len(evaluation), "min": int(seen.min()), "max": int(seen.max())},
             "reachable_from": start_names,
@@ -500,7 +500,7 @@ def _describe_bound(bound: Bound | None) -> dict[str, Any]:
 def _describe(task: Task[Any, Any], certificate: Certificate) -> dict[str, Any]:
     return {
         "exact": certificate.exact,
-        "coin_flips": certificate.tie,
+        "tie": certificate.tie,
         "margin": certificate.margin if math.isfinite(certificate.margin) else None,
         "worst_one": _describe_worst_case(task, certificate.ones),
         "worst_zero": _describe_worst_case(task, certificate.zeros),
@@ -516,8 +516,8 @@ def _describe_worst_case(task: Task[Any, Any], worst: WorstCase | None) -> dict[
     return {
         "margin": worst.margin,
         "bit": task.layout.bit_name(worst.bit),
-        "matched": worst.num_matches,
-        "set_by": worst.set_count,
+        "num_matches": worst.num_matches,
+        "set_count": worst.set_count,
         "fan_in": worst.fan_in,
         "groups": dict(groups.most_common()),
         "state": {name: value for name, value in task.layout.unpack(worst.state).items() if value},

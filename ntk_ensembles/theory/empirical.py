@@ -146,7 +146,7 @@ class _Model:
         return outputs
 
     def outputs(self, inputs: Tensor) -> int:
-        """The number of outputs."""
+        """Return the number of outputs."""
         with torch.no_grad():
             found = self(self.weights, inputs[:1])
         if found.ndim != 2:
@@ -157,7 +157,7 @@ class _Model:
         return found.shape[1]
 
     def gradients(self, inputs: Tensor, chosen: Tensor) -> Weights:
-        """The gradient of one output at each input: by parameter, (inputs, parameter's size)."""
+        """Return the gradient of one output at each input: by parameter, (inputs, parameter's size)."""
 
         def output(weights: Weights, single: Tensor, index: Tensor) -> Tensor:
             # gather, because under vmap an index is a tensor that cannot become a number.

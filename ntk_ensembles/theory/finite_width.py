@@ -98,7 +98,7 @@ class FiniteWidth:
         self.movement = math.sqrt(predictor.size / width) * float(lengths.square().mean().sqrt())
 
     def _noise(self) -> tuple[float, float]:
-        """The covariance of r's rows over initialisations: own·I + shared·11ᵀ (docs/theory.md, equation (41))."""
+        """Return the covariance of r's rows over initialisations: own·I + shared·11ᵀ (docs/theory.md, equation (41))."""
         if self.predictor.antisymmetric:
             return 0.0, 0.0
         size = self.predictor.size
@@ -183,7 +183,7 @@ class FiniteWidth:
         return VarianceEstimate(infinite + mean / independent, error / independent)
 
     def _gates(self, matches: Tensor, seen: Tensor) -> Tensor:
-        """What the gates do to the initial function (docs/theory.md, equation (45))."""
+        """Return what the gates do to the initial function (docs/theory.md, equation (45))."""
         if self.predictor.antisymmetric:
             return seen.new_zeros(len(matches), seen.shape[1])
         size = self.predictor.size

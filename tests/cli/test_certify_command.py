@@ -28,8 +28,8 @@ def test_addition(capsys: pytest.CaptureFixture[str]) -> None:
     found = certificate(capsys, "--task", "addition", "--bits", "3")
     assert (found["templates"], found["state_bits"]) == (12, 9)
     # Each of three positions adds or carries, and each of three carries moves or stays.
-    assert found["matched"]["all_states"] == {"max": 6, "max_attained": 6}
-    assert found["matched"]["sampled"]["max"] <= found["matched"]["reachable"]["max"] <= 6
+    assert found["num_matches"]["all_states"] == {"max": 6, "max_attained": 6}
+    assert found["num_matches"]["sampled"]["max"] <= found["num_matches"]["reachable"]["max"] <= 6
     midpoint = found["decoders"]["midpoint"]
     assert midpoint["all_states"]["exact"] is True
     counts = midpoint["members"]

@@ -117,7 +117,7 @@ def test_kernels_of_general_inputs() -> None:
 
 
 def test_kernels_on_the_identity() -> None:
-    """kΘ(I, I) = (d − c)I + c11ᵀ and kK(I, I) = (1/2 − c)I + c11ᵀ (DESIGN §2)."""
+    """kΘ(I, I) = (d − c)I + c11ᵀ and kK(I, I) = (1/2 − c)I + c11ᵀ."""
     eye, ones = torch.eye(6, dtype=torch.float64), torch.ones(6, 6, dtype=torch.float64)
     c = 1 / (2 * math.pi)
     torch.testing.assert_close(6 * ntk(eye, eye), (1 - c) * eye + c * ones, rtol=1e-15, atol=0)

@@ -1,4 +1,4 @@
-"""The closed form against the published vectors, DESIGN's own formulas, numpy's solver and the Cholesky oracle."""
+"""The closed form against the published vectors, the formulas written out, numpy's solver and the Cholesky oracle."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ cases = st.tuples(st.integers(0, 2**31), st.integers(1, 25), st.integers(1, 8), 
     ],
 )
 def test_published_variances(templates: int, matched: int, variance: float) -> None:
-    """DESIGN §2's test vectors, from neural-tangents in double precision."""
+    """Test vectors from neural-tangents in double precision."""
     got = plain(templates).variance(torch.tensor([matched]))
     # Sums of terms of order 1/k that cancel down to the variance: a few roundings of 1/k.
     assert float(got) == pytest.approx(variance, rel=0, abs=2e-15 / templates)
@@ -66,7 +66,7 @@ def test_published_variances(templates: int, matched: int, variance: float) -> N
 
 @pytest.mark.parametrize("templates", [1, 2, 7, 60, 831])
 def test_designs_formulas(templates: int) -> None:
-    """w_u, w_m and the variance as DESIGN §2 writes them, for every s."""
+    """w_u, w_m and the variance as docs/theory.md derives them, for every s."""
     predictor = plain(templates)
     s = np.arange(1, templates + 1, dtype=np.float64)
     rho, c, d = 1 / np.sqrt(s), 1 / (2 * math.pi), 1.0
@@ -129,7 +129,7 @@ def test_closed_form_is_the_cholesky_posterior(case: tuple[int, int, int, int]) 
 
 
 def kernels_from_definition(x: Array, y: Array) -> tuple[Array, Array]:
-    """K and Θ of DESIGN §2 on unit or zero rows, by arccos, in numpy."""
+    """K and Θ on unit or zero rows, by arccos, in numpy."""
     k = x.shape[1]
     lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(y, axis=1)
     rho = np.clip(np.round(x @ y.T, 15), -1, 1)
