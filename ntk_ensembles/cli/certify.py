@@ -153,8 +153,8 @@ def _remarks(name: str, decoder: dict[str, Any]) -> list[str]:
         worst = min((w for w in (found["worst_one"], found["worst_zero"]) if w), key=lambda w: float(w["margin"]))
         lines.append(
             f"{name} fails at bit {worst['bit']}: in a state that {worst['num_matches']} templates match, "
-            f"{worst['set_count']} of the {worst['fan_in']} templates that can set it is among them, and the others pull "
-            f"the mean to {worst['margin']:.3g}. Those that set it: {_groups(worst['groups'])}."
+            f"{worst['set_count']} of the {worst['fan_in']} templates that can set it is among them, and the others "
+            f"pull the mean to {worst['margin']:.3g}. Those that set it: {_groups(worst['groups'])}."
         )
     padding = decoder.get("padding", {"all_states": 0})
     if padding["all_states"]:

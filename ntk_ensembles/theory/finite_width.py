@@ -98,7 +98,7 @@ class FiniteWidth:
         self.movement = math.sqrt(predictor.size / width) * float(lengths.square().mean().sqrt())
 
     def _noise(self) -> tuple[float, float]:
-        """Return the covariance of r's rows over initialisations: own·I + shared·11ᵀ (docs/theory.md, equation (41))."""
+        """Return own and shared of r's covariance over initialisations, own·I + shared·11ᵀ (docs/theory.md, (41))."""
         if self.predictor.antisymmetric:
             return 0.0, 0.0
         size = self.predictor.size
