@@ -355,6 +355,7 @@ def _train_cohorts(
                 pass
             else:
                 run.store.save(results, weights if run.experiment.keeps_weights else None)
+                del weights
                 advance(1.0, _summary(results))
                 continue
             on_progress(-shown, "")
@@ -425,7 +426,11 @@ def _train_cohort(
     times.append(time.perf_counter())
     seconds = [after - before for before, after in itertools.pairwise(times)]
     results = MemberResults.from_cohort(cohort, module.statuses, deviations, seconds)
-    return results, {name: value.detach() for name, value in module.stack.state_dict().items()}
+    weights = {name: parameter.data for name, parameter in module.stack.named_parameters()}
+    # Module and trainer refer to each other, so they last until the garbage collector comes by. Their weights must not.
+    for parameter in module.stack.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    return results, weights
 
 
 def _summary(results: MemberResults) -> str:
