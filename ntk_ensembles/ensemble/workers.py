@@ -13,10 +13,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def allowed_cores() -> int:
+    """Return the number of cores that the system lets this process use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_workers() -> int:
     """Return how many members are worked on at the same time on a CPU: the cores that this process may use."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, torch.get_num_threads()))
+    return max(1, min(allowed_cores(), torch.get_num_threads()))
 
 
 def map_members(work: Callable[[T], R], over: Iterable[T], device: torch.device) -> list[R]:

@@ -23,6 +23,8 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, and documented
 
+from ntk_ensembles.ensemble.workers import allowed_cores
+
 _MEETING_TIMEOUT = timedelta(minutes=5)
 _SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -209,5 +211,4 @@ def share_cores(processes: int) -> None:
     Args:
         processes: Number of the run's processes on this machine.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, allowed // processes))
+    torch.set_num_threads(max(1, allowed_cores() // processes))

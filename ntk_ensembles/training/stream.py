@@ -145,7 +145,7 @@ class _Plan:
     def make(cls, run: Run, missing: Sequence[int], size: int, processes: int) -> _Plan:
         """Deal cohorts of at most ``size`` members out to the processes."""
         size = max(1, min(size, -(-len(missing) // processes)))
-        cohorts = [list(missing[start : start + size]) for start in range(0, len(missing), size)]
+        cohorts = _split(missing, size)
         return cls(str(run.directory), [cohorts[rank::processes] for rank in range(processes)])
 
 
