@@ -11,8 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ntk_ensembles.cli.main import command
-from ntk_ensembles.cli.options import DecoderOptions, EvaluationOptions, OutputOptions
-from ntk_ensembles.cli.parsing import Parser
+from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, Parser
 from ntk_ensembles.console import Progress
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import write_atomically

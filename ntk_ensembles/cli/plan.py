@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_ensembles.cli.main import command
-from ntk_ensembles.cli.options import DecoderOptions, EvaluationOptions, OutputOptions
-from ntk_ensembles.cli.parsing import parse_task
+from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, parse_task
 from ntk_ensembles.console import console
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.runs.plan import plan

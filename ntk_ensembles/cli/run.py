@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ntk_ensembles.cli.main import command, suggestion
-from ntk_ensembles.cli.options import OutputOptions
-from ntk_ensembles.cli.parsing import Parser
+from ntk_ensembles.cli.parsing import OutputOptions, Parser
 from ntk_ensembles.computer import (
     Assembly,
     ProgramBatch,

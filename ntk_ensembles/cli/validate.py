@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_ensembles.cli.main import command
-from ntk_ensembles.cli.options import DecoderOptions, OutputOptions
-from ntk_ensembles.cli.parsing import parse_task
+from ntk_ensembles.cli.parsing import DecoderOptions, OutputOptions, parse_task
 from ntk_ensembles.console import Progress, console
 from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.tasks import SBN, TASKS, Branch, Task, TaskError, load_task_class

@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_ensembles.ensemble.descent import Descent, DescentOptions, MemberStatus
-from ntk_ensembles.ensemble.network import INITS, Init, MLPStack
-from ntk_ensembles.ensemble.workers import cpu_workers
+from ntk_ensembles.ensemble.network import INITS, Init, MLPStack, cpu_workers
 from ntk_ensembles.errors import OptionError, check_choice, check_range
 
 Precision = Literal["32-true", "bf16-mixed", "64-true"]

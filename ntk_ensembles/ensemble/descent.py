@@ -23,8 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ntk_ensembles.ensemble.engines import ENGINES, Engine, EngineChoice, is_one_hot, make_engine
-from ntk_ensembles.ensemble.network import MLPStack
-from ntk_ensembles.ensemble.workers import map_members
+from ntk_ensembles.ensemble.network import MLPStack, map_members
 from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.theory.kernels import InverseKernel
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 from torch.nn import functional
 
-from ntk_ensembles.ensemble.network import MLPStack, forward_of
-from ntk_ensembles.ensemble.workers import map_members
+from ntk_ensembles.ensemble.network import MLPStack, forward_of, map_members
 
 EngineChoice = Literal["auto", "functional"]
 """``auto``: the one-hot engine where the training inputs are one-hot, `torch.func` otherwise. ``functional``:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ntk_ensembles.ensemble.workers import map_members
 from ntk_ensembles.errors import OptionError, check_choice, check_range
 
 Init = Literal["gaussian", "antisymmetric"]
@@ -256,3 +257,43 @@ def _check_sizes(in_features: int, out_features: int, width: int) -> None:
     check_range("in_features", in_features, 1, 1 << 24)
     check_range("out_features", out_features, 1, 1 << 24)
     check_range("width", width, 1, WIDTH_MAX)
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def allowed_cores() -> int:
+    """Return the number of cores that the system lets this process use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_workers() -> int:
+    """Return how many members are worked on at the same time on a CPU: the cores that this process may use."""
+    return max(1, min(allowed_cores(), torch.get_num_threads()))
+
+
+def map_members(work: Callable[[T], R], over: Iterable[T], device: torch.device) -> list[R]:
+    """Apply a function to members, or to parts of a stack, without recording gradients.
+
+    On a CPU every item is computed by one thread, so that a member's numbers depend neither on the number of
+    cores nor on the other members. On any other device the items follow one another.
+
+    Args:
+        work: Function of one item.
+        over: The items.
+        device: Where the members lie.
+
+    Returns:
+        The results, in order.
+    """
+    items = list(over)
+    # Threads inherit neither `no_grad` nor inference mode, nor the number of threads of an operation.
+    inference = torch.is_inference_mode_enabled()
+    work = torch.inference_mode(inference)(torch.no_grad()(work))
+    if device.type != "cpu":
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(
+        min(cpu_workers(), len(items)) or 1, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        return list(pool.map(work, items))

@@ -13,7 +13,7 @@ import torch
 
 from ntk_ensembles.ensemble import Init, Recipe, choose_cohort, predict, train_members
 from ntk_ensembles.ensemble.cohort import COHORT_MAX
-from ntk_ensembles.ensemble.workers import cpu_workers
+from ntk_ensembles.ensemble.network import cpu_workers
 from ntk_ensembles.runs.options import RunOptions
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
 from ntk_ensembles.theory import (

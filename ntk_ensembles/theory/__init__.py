@@ -5,7 +5,6 @@ leads to, `decoding` the thresholds that turn a mean into bits and how often the
 `certificate` what a decoder promises for all states, `validation` the loop on every input of a task.
 """
 
-from ntk_ensembles.theory.at_width import MOVEMENT_MAX, WidthPrediction
 from ntk_ensembles.theory.certificate import (
     Certificate,
     WorstCase,
@@ -33,7 +32,14 @@ from ntk_ensembles.theory.decoding import (
 )
 from ntk_ensembles.theory.empirical import empirical_ntk, linearise
 from ntk_ensembles.theory.executor import NTKExecutor, Rollout, Step, Stepper, TensorStepper, Trace, rollout
-from ntk_ensembles.theory.finite_width import LABELS, FiniteWidth, Labels, VarianceEstimate
+from ntk_ensembles.theory.finite_width import (
+    LABELS,
+    MOVEMENT_MAX,
+    FiniteWidth,
+    Labels,
+    VarianceEstimate,
+    WidthPrediction,
+)
 from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
 from ntk_ensembles.theory.predictor import KERNELS, Gaussian, Kernel, Posterior, TemplatePredictor, posterior
 from ntk_ensembles.theory.width_certificate import certify_width

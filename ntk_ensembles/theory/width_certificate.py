@@ -21,10 +21,9 @@ from torch import Tensor
 
 from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.templates import Bound, MatchBounds
-from ntk_ensembles.theory.at_width import MOVEMENT_MAX, WidthPrediction
 from ntk_ensembles.theory.certificate import Certificate, members_for_margins, scopes_of
 from ntk_ensembles.theory.decoding import DECODERS, TIE, Decoder, LimitPrediction, margin_table
-from ntk_ensembles.theory.finite_width import FiniteWidth, Labels
+from ntk_ensembles.theory.finite_width import MOVEMENT_MAX, FiniteWidth, Labels, WidthPrediction
 from ntk_ensembles.theory.predictor import TemplatePredictor
 
 _RANDOM_STATES = 64

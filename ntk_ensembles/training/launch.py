@@ -23,7 +23,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, and documented
 
-from ntk_ensembles.ensemble.workers import allowed_cores
+from ntk_ensembles.ensemble.network import allowed_cores
 
 _MEETING_TIMEOUT = timedelta(minutes=5)
 _SECONDS_BETWEEN_LOOKS = 0.05

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from ntk_ensembles.cli.main import error_text, main
-from ntk_ensembles.cli.options import DecoderOptions, EvaluationOptions, OutputOptions
-from ntk_ensembles.cli.parsing import Parser, parse_task
+from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, Parser, parse_task
 from ntk_ensembles.tasks import Addition
 
 
