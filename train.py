@@ -2,7 +2,8 @@
 
 import sys
 
-from ntk_ensembles.cli.train import train_command
+from ntk_ensembles.cli.main import load_command
 
+# Processes of --devices import this file too, and need no command.
 if __name__ == "__main__":
-    sys.exit(train_command())
+    sys.exit(load_command("train")())

@@ -43,9 +43,26 @@ def test_an_unknown_name() -> None:
         _ = ntk_ensembles.Subtraction  # type: ignore[attr-defined]
 
 
+def imported_by(script: str, *candidates: str) -> set[str]:
+    """Return which of some modules a new process has imported when the script has ended."""
+    code = f"import sys\ntry:\n    {script}\nfinally:\n    print(*sys.modules, file=sys.stderr)\n"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(candidates) & set(ended.stderr.split())
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    script = (
-        "import sys, ntk_ensembles, ntk_ensembles.cli.main; print(sorted({'torch', 'lightning'} & sys.modules.keys()))"
-    )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ended.stdout == "[]\n"
+    assert imported_by("import ntk_ensembles, ntk_ensembles.cli.main", "torch", "lightning") == set()
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["train", "--task", "addition"], ["certify"], ["run"]])
+def test_help_imports_nothing_that_only_work_needs(arguments: list[str]) -> None:
+    only_work = ("lightning", "torchmetrics", "matplotlib", "tensorboard", "torch._dynamo", "torch._inductor")
+    parts_of_scipy = ("scipy.optimize", "scipy.sparse", "scipy.special", "scipy.stats", "scipy.signal")
+    script = f"from ntk_ensembles.cli.main import main; main({[*arguments, '--help']})"
+    assert imported_by(script, "torch", *only_work, *parts_of_scipy) == {"torch"}
+
+
+def test_processes_of_a_run_import_no_command() -> None:
+    """Processes that multiprocessing spawns import the script that was started, under this name."""
+    script = f"import runpy; runpy.run_path({str(SOURCE.parents[1] / 'train.py')!r}, run_name='__mp_main__')"
+    assert imported_by(script, "torch", "jsonargparse", "ntk_ensembles.cli.main") == {"ntk_ensembles.cli.main"}

@@ -122,9 +122,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
     if name not in COMMANDS:
         return _overview([name, *rest])
-    # Imported when it is used: most commands do without Lightning, which takes seconds.
-    subcommand: Command = getattr(importlib.import_module(f"ntk_ensembles.cli.{name}"), f"{name}_command")
-    return subcommand(rest, f"ntk-ensembles {name}")
+    return load_command(name)(rest, f"ntk-ensembles {name}")
+
+
+def load_command(name: str) -> Command:
+    """Import a command. A terminal says meanwhile that something happens: PyTorch alone takes a second.
+
+    Args:
+        name: Key of `COMMANDS`.
+    """
+    notice = "starting …"
+    # Plain text: the package that draws the other displays has to be imported too.
+    shown = sys.stderr.isatty()
+    if shown:
+        print(notice, end="\r", file=sys.stderr, flush=True)
+    try:
+        loaded: Command = getattr(importlib.import_module(f"ntk_ensembles.cli.{name}"), f"{name}_command")
+    finally:
+        if shown:
+            print(" " * len(notice), end="\r", file=sys.stderr, flush=True)
+    return loaded
 
 
 @command("ntk-ensembles")

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import scipy  # imports its parts when they are first used: only certificates wait for them
 import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from ntk_ensembles.templates.templates import TemplateSet
@@ -178,25 +177,25 @@ class MatchBounds:
             row = {template: 1, **{self._size + position: -1 for position in ones}}
             rows.add({**row, **{self._size + position: 1 for position in zeros}}, 1 - len(ones), np.inf)
 
-    def _solve(self, rows: _Rows, weight: int) -> OptimizeResult:
+    def _solve(self, rows: _Rows, weight: int) -> scipy.optimize.OptimizeResult:
         """Minimise ``weight`` times the number of matching templates."""
         counted = np.concatenate([np.ones(self._size), np.zeros(self._bits)])
         # At times HiGHS ends with a "solve error" (status 4) where presolve meets an infeasible question; without
         # presolve it answers the same question.
         for presolve in (True, False):
-            found = milp(
+            found = scipy.optimize.milp(
                 weight * counted,
                 constraints=rows.constraint(),
                 # With the state's bits whole, the matches are.
                 integrality=1 - counted,
-                bounds=Bounds(0, 1),
+                bounds=scipy.optimize.Bounds(0, 1),
                 options={"time_limit": self._seconds_max, "presolve": presolve},
             )
             if found.status in (_OPTIMAL, _LIMIT, _INFEASIBLE):
                 break
         return found
 
-    def _bound(self, found: OptimizeResult) -> Bound:
+    def _bound(self, found: scipy.optimize.OptimizeResult) -> Bound:
         """Return the state found, taken to attain the bound."""
         if found.status not in (_OPTIMAL, _LIMIT) or found.x is None:
             raise RuntimeError(f"the solver found no state: {found.message} (limit: {self._seconds_max:.0f} s)")
@@ -317,7 +316,7 @@ class _Rows:
     def limit_last(self, high: int) -> None:
         self._high[-1] = high
 
-    def constraint(self) -> LinearConstraint:
+    def constraint(self) -> scipy.optimize.LinearConstraint:
         rows, columns, values = self._at
-        matrix: csr_matrix[np.float64] = csr_matrix((values, (rows, columns)), shape=(len(self._low), self._columns))
-        return LinearConstraint(matrix, self._low, self._high)
+        matrix = scipy.sparse.csr_matrix((values, (rows, columns)), shape=(len(self._low), self._columns))
+        return scipy.optimize.LinearConstraint(matrix, self._low, self._high)

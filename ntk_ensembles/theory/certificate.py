@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import scipy  # imports its parts when they are first used
 import torch
 from jaxtyping import Bool, Float64
-from scipy.special import log_ndtr, ndtri_exp
 from torch import Tensor
 
 from ntk_ensembles.errors import OptionError
@@ -134,11 +134,11 @@ class Certificate:
         if self.score == 0:
             return None
         log_tail = math.log(delta) - log_states - math.log(self.bits)
-        found = max(1, math.ceil((float(ndtri_exp(log_tail)) / self.score) ** 2))
+        found = max(1, math.ceil((float(scipy.special.ndtri_exp(log_tail)) / self.score) ** 2))
         # The last digit of the inverse may be off by one member.
-        while found > 1 and log_ndtr(-self.score * math.sqrt(found - 1)) <= log_tail:
+        while found > 1 and scipy.special.log_ndtr(-self.score * math.sqrt(found - 1)) <= log_tail:
             found -= 1
-        while log_ndtr(-self.score * math.sqrt(found)) > log_tail:
+        while scipy.special.log_ndtr(-self.score * math.sqrt(found)) > log_tail:
             found += 1
         return found
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ntk_ensembles.cli.main import COMMANDS, Command, command, main
+from ntk_ensembles.cli.main import COMMANDS, Command, command, load_command, main
 from ntk_ensembles.cli.train import train_command
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import SaveError
@@ -192,3 +192,15 @@ def test_versions(call: Callable[[], int], prog: str, capsys: pytest.CaptureFixt
         call()
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"{prog} {metadata.version('ntk-ensembles')}\n"
+
+
+def test_a_terminal_is_told_that_a_command_is_starting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_command("merge")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    load_command("merge")
+    shown, erased, end = capsys.readouterr().err.split("\r")
+    assert shown.isprintable()
+    assert (erased, end) == (" " * len(shown), "")

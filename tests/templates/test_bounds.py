@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize
 from scipy.optimize import OptimizeResult, milp
 
 from ntk_ensembles.tasks import SBN, Addition, Multiplication, StateLayout, Template, TemplateSet
 from ntk_ensembles.tasks.base import Task
-from ntk_ensembles.templates import bounds
 from ntk_ensembles.templates.bounds import MatchBounds, exclusive_bits
 
 BITS = 6
@@ -136,12 +136,12 @@ def test_a_solve_error_is_asked_again_without_presolve(monkeypatch: pytest.Monke
             return OptimizeResult(status=4, x=None, message="Solve error")
         return milp(*arguments, **settings)
 
-    monkeypatch.setattr(bounds, "milp", failing)
+    monkeypatch.setattr(optimize, "milp", failing)
     found = MatchBounds(Addition(3).templates).max_matches()
     assert found is not None
     assert found.bound == 6
     assert asked == [True, False]
-    monkeypatch.setattr(bounds, "milp", lambda *_, **__: OptimizeResult(status=4, x=None, message="Solve error"))
+    monkeypatch.setattr(optimize, "milp", lambda *_, **__: OptimizeResult(status=4, x=None, message="Solve error"))
     with pytest.raises(RuntimeError, match="the solver found no state: Solve error"):
         MatchBounds(Addition(3).templates).max_matches()
 
@@ -153,7 +153,7 @@ def test_a_search_out_of_time_keeps_what_is_proven(monkeypatch: pytest.MonkeyPat
         found = milp(*arguments, **settings)
         return OptimizeResult(status=1, x=found.x, message="Time limit", mip_dual_bound=-8.4)
 
-    monkeypatch.setattr(bounds, "milp", limited)
+    monkeypatch.setattr(optimize, "milp", limited)
     most, least = MatchBounds(Addition(3).templates).max_matches(), MatchBounds(Addition(3).templates).min_matches()
     assert most is not None
     assert least is not None

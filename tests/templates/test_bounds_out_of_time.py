@@ -16,7 +16,6 @@ from scipy import optimize
 
 from ntk_ensembles.tasks import Addition
 from ntk_ensembles.templates import MatchBounds, StateLayout, Template, TemplateSet, exclusive_bits
-from ntk_ensembles.templates import bounds as bounds_module
 
 BITS = 5
 
@@ -114,7 +113,7 @@ class Interrupted:
 def test_a_search_for_the_most_that_ends_early_keeps_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     templates = Addition(3).templates
     every = counts_by_loops(templates, lambda state: True)
-    monkeypatch.setattr(bounds_module, "milp", Interrupted(0))
+    monkeypatch.setattr(optimize, "milp", Interrupted(0))
     found = MatchBounds(templates).max_matches()
     assert found is not None
     assert found.bound == max(every)
@@ -124,7 +123,7 @@ def test_a_search_for_the_most_that_ends_early_keeps_what_is_proven(monkeypatch:
 def test_a_search_for_the_fewest_that_ends_early_keeps_what_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five copies of one template: a state with fewer than five matches is asked for, and the answer does not come."""
     templates = TemplateSet(StateLayout(x=2), [Template.rule("same", ones=[0], sets=[1])] * 5)
-    monkeypatch.setattr(bounds_module, "milp", Interrupted(1))
+    monkeypatch.setattr(optimize, "milp", Interrupted(1))
     found = MatchBounds(templates).min_matches()
     assert found is not None
     # Nothing is proven but that at least one template matches.
@@ -139,6 +138,6 @@ def test_a_search_that_ends_without_a_state_says_so(monkeypatch: pytest.MonkeyPa
     def nothing(*arguments: Any, **options: Any) -> Any:
         return optimize.OptimizeResult(status=1, x=None, message="Time limit reached", mip_dual_bound=None)
 
-    monkeypatch.setattr(bounds_module, "milp", nothing)
+    monkeypatch.setattr(optimize, "milp", nothing)
     with pytest.raises(RuntimeError, match=r"the solver found no state: Time limit reached \(limit: 3 s\)"):
         MatchBounds(Addition(2).templates, seconds_max=3.0).max_matches()
