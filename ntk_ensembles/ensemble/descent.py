@@ -36,6 +36,10 @@ LOSSES: tuple[Loss, ...] = get_args(Loss)
 _MEMORY = 6
 """Earlier steps remembered: what a step in output space costs is nothing beside one in weight space."""
 
+_FAR = 0.01
+"""Loss, relative to the initial one, from which a step's outcome may be measured in bfloat16. That is off by
+a loss of about 1e-6, which would keep a member from coming closer than that in the step after."""
+
 _DIVERGED = 1e4
 """Loss, relative to the initial one, above which a member counts as diverged. Well above 10, which mse
 training can exceed and still converge."""
@@ -112,7 +116,8 @@ class Descent(torch.optim.Optimizer):
     Args:
         stack: The members; their weights are changed in place.
         options: What they minimise, and when they stop.
-        bfloat16: Compute the products of a step's update in bfloat16.
+        bfloat16: Compute products in bfloat16, except those of the outputs near the end, by which a member
+            is said to have converged.
         batched: Compute all members together, which is right for a GPU, or each by itself on one thread, which
             is right for a CPU and makes a member's numbers independent of the others; None chooses by the device.
 
@@ -189,6 +194,7 @@ class Descent(torch.optim.Optimizer):
                 self._options,
                 self.statuses[part],
                 [partial(self._stack.redraw, position) for position in members[part]],
+                bfloat16=self.bfloat16,
             )
             for part in parts
         ]
@@ -253,6 +259,8 @@ class _Training:
         options: DescentOptions,
         statuses: list[MemberStatus],
         redraw: list[Callable[[], None]],
+        *,
+        bfloat16: bool,
     ) -> None:
         self._engine = engine
         self._targets = targets
@@ -260,6 +268,8 @@ class _Training:
         self._options = options
         self._statuses = statuses
         self._redraw = redraw
+        self._bfloat16 = bfloat16
+        self._coarse = False
         self._damping = torch.ones(len(statuses), 1, 1, dtype=targets.dtype, device=targets.device)
         self._history = _History(inverse_kernel)
         self._residuals: Tensor | None = None
@@ -267,8 +277,12 @@ class _Training:
 
     def observe(self) -> None:
         """Compute the outputs as the weights are now, and the first losses of members that have none yet."""
-        self._residuals = self._engine.outputs() - self._targets
-        if not any(status.losses for status in self._statuses):
+        is_first = not any(status.losses for status in self._statuses)
+        if is_first:
+            self._coarse = self._is_far()
+        # Otherwise as precisely as before, so that a resumed run goes on with the same numbers.
+        self._residuals = self._engine.outputs(coarse=self._coarse) - self._targets
+        if is_first:
             self._update_statuses()
 
     def step(self) -> None:
@@ -281,8 +295,9 @@ class _Training:
             self._damping[i] /= 2
             self._redraw[i]()
             self._history.forget(i)
+        self._coarse = self._is_far()
         if self._diverged:
-            self._residuals = self._engine.outputs() - self._targets
+            self._residuals = self._engine.outputs(coarse=self._coarse) - self._targets
         residuals = self._residuals
         # A member that has stopped takes part in the arithmetic of its part, but with zeros (its own numbers
         # may not even be finite).
@@ -292,7 +307,7 @@ class _Training:
             self._history.forget(i)
         cotangents = self._history.propose(residuals, self._gradient)
         cotangents[stopped] = 0
-        self._residuals = self._engine.step(cotangents) - self._targets
+        self._residuals = self._engine.step(cotangents, coarse=self._coarse) - self._targets
         changes = self._residuals - residuals
         changes[stopped] = 0
         self._history.record(cotangents, changes)
@@ -300,8 +315,15 @@ class _Training:
 
     def _update_statuses(self) -> None:
         """Record the losses of the running members, and decide which of them stop and which have diverged."""
-        assert self._residuals is not None
-        losses = self._residuals.to(torch.float64).square().mean((1, 2)).tolist()
+        losses = self._losses()
+        if self._coarse and any(
+            status.running and loss <= self._options.tolerance * (status.losses or losses)[0]
+            for status, loss in zip(self._statuses, losses, strict=True)
+        ):
+            # Only outputs of the weights' own type say that a member has converged.
+            self._coarse = False
+            self._residuals = self._engine.outputs() - self._targets
+            losses = self._losses()
         self._diverged = []
         for i, status in enumerate(self._statuses):
             if not status.running:
@@ -316,6 +338,16 @@ class _Training:
             elif has_diverged:
                 self._diverged.append(i)
 
+    def _losses(self) -> list[float]:
+        """Return every member's mean squared training error."""
+        assert self._residuals is not None
+        losses: list[float] = self._residuals.to(torch.float64).square().mean((1, 2)).tolist()
+        return losses
+
+    def _is_far(self) -> bool:
+        """Return whether bfloat16 is asked for, and good enough to see where the next step leads."""
+        return self._bfloat16 and all(status.relative_loss >= _FAR for status in self._statuses if status.running)
+
     def _gradient(self, residuals: Tensor) -> Tensor:
         """Return ∂L/∂f, scaled so that a step of size 1 is right for a network of infinite width."""
         if self._options.loss == "whitened":
@@ -325,12 +357,18 @@ class _Training:
 
     def state(self) -> dict[str, Any]:
         """Return what the next steps depend on, beside weights and statuses."""
-        return {"damping": self._damping.clone(), "diverged": list(self._diverged), "history": self._history.state()}
+        return {
+            "damping": self._damping.clone(),
+            "diverged": list(self._diverged),
+            "coarse": self._coarse,
+            "history": self._history.state(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over a `state`."""
         self._damping.copy_(state["damping"])
         self._diverged = list(state["diverged"])
+        self._coarse = state["coarse"]
         self._history.load_state(state["history"], self._targets)
 
 

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ntk_ensembles.ensemble.products import processor
 from ntk_ensembles.files import SaveError, write_atomically
 from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows
 from ntk_ensembles.runs.options import Experiment
@@ -402,9 +403,4 @@ def _gpu_name(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     """Return the processor's model where the system knows it, otherwise its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor("model name") or platform.processor() or platform.machine()

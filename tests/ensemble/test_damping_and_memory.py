@@ -24,10 +24,10 @@ class Diverging:
         self.values = torch.zeros(members, 3, 6, dtype=torch.float64)
         self.cotangents: list[Tensor] = []
 
-    def outputs(self) -> Tensor:
+    def outputs(self, *, coarse: bool = False) -> Tensor:
         return self.values.clone()
 
-    def step(self, cotangents: Tensor) -> Tensor:
+    def step(self, cotangents: Tensor, *, coarse: bool = False) -> Tensor:
         self.cotangents.append(cotangents.clone())
         self.values[:] = math.nan
         return self.outputs()
@@ -140,10 +140,10 @@ class Scripted:
         self.shares = [1.0, *shares]
         self.at = 0
 
-    def outputs(self) -> Tensor:
+    def outputs(self, *, coarse: bool = False) -> Tensor:
         return self.targets * (1 - math.sqrt(self.shares[self.at]))
 
-    def step(self, cotangents: Tensor) -> Tensor:
+    def step(self, cotangents: Tensor, *, coarse: bool = False) -> Tensor:
         self.at += 1
         return self.outputs()
 
@@ -229,11 +229,11 @@ class Linear:
         self.jacobian = vectors * values.sqrt() @ vectors.T @ axes * torch.tensor(eigenvalues).double().sqrt()
         self.theta = torch.zeros(1, 3, 6, dtype=torch.float64)
 
-    def outputs(self) -> Tensor:
+    def outputs(self, *, coarse: bool = False) -> Tensor:
         outputs: Tensor = self.theta @ self.jacobian.T
         return outputs
 
-    def step(self, cotangents: Tensor) -> Tensor:
+    def step(self, cotangents: Tensor, *, coarse: bool = False) -> Tensor:
         self.theta = self.theta - cotangents @ self.jacobian
         return self.outputs()
 

@@ -36,10 +36,10 @@ class LinearEngine:
         self.jacobians = jacobians  # members, templates, parameters
         self.theta = torch.zeros(len(jacobians), BITS, jacobians.shape[2], dtype=torch.float64)
 
-    def outputs(self) -> Tensor:
+    def outputs(self, *, coarse: bool = False) -> Tensor:
         return self.theta @ self.jacobians.mT
 
-    def step(self, cotangents: Tensor) -> Tensor:
+    def step(self, cotangents: Tensor, *, coarse: bool = False) -> Tensor:
         self.theta = self.theta - cotangents @ self.jacobians
         return self.outputs()
 
@@ -108,7 +108,7 @@ def test_divergence_restarts_with_half_the_step_and_is_reported(descend_linear: 
     class Hopeless(LinearEngine):
         sizes: list[float]
 
-        def step(self, cotangents: Tensor) -> Tensor:
+        def step(self, cotangents: Tensor, *, coarse: bool = False) -> Tensor:
             self.sizes.append(float(cotangents[0].norm()))
             super().step(cotangents)
             self.theta[0] = math.nan

@@ -1,0 +1,124 @@
+"""Matrix products of members by the library that is fastest here, and what else is chosen by the device."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+_UNITS_AT_ONCE = {"cpu": 512}
+_UNITS_AT_ONCE_ELSEWHERE = 1024
+
+
+def units_at_once(device: torch.device) -> int:
+    """Return the number of hidden units of a slice, in which members are trained and evaluated.
+
+    On a CPU the slice of one member and what is computed from it fit a core's cache. On a GPU, where no value has
+    been measured, it limits what is in memory beside the weights.
+    """
+    return _UNITS_AT_ONCE.get(device.type, _UNITS_AT_ONCE_ELSEWHERE)
+
+
+def product(
+    left: Float[Tensor, "*members rows inner"],
+    right: Float[Tensor, "*members inner columns"],
+    out: Float[Tensor, "*members rows columns"] | None = None,
+) -> Float[Tensor, "*members rows columns"]:
+    """Return ``left @ right`` of each member.
+
+    On a CPU members follow one another: a call for a batch is slower there in bfloat16, even of one. On a GPU they
+    are one call, with float32 or TF32 as PyTorch is set to (float32 unless the user says otherwise); whether a loop
+    would be faster for large members is not measured.
+
+    Args:
+        left: A factor. A transposed view of stored rows costs no copy, here and in ``right``.
+        right: The other factor, of the same type; or of one dimension more, for members that share ``left``.
+        out: Memory that may be used for the result.
+    """
+    if right.dim() == 2:
+        return _by_onednn(left, right) if _takes_onednn(left, right) else torch.mm(left, right, out=out)
+    if right.device.type != "cpu":
+        return torch.matmul(left, right, out=out)
+    lefts = left.expand(len(right), *left.shape[-2:])
+    outs = [None] * len(right) if out is None else list(out)
+    products = [product(*member) for member in zip(lefts, right, outs, strict=True)]
+    return products[0][None] if len(products) == 1 else torch.stack(products)
+
+
+def add_product(
+    total: Float[Tensor, "*members rows columns"],
+    left: Float[Tensor, "*members rows inner"],
+    right: Float[Tensor, "*members inner columns"],
+    alpha: float = 1.0,
+) -> None:
+    """Add ``alpha * left @ right`` of each member to a total, in place.
+
+    Args:
+        total: Where it is added, in the total's type: sums of bfloat16 products can be kept in float32.
+        left: A factor, as in `product`.
+        right: The other factor.
+        alpha: What the product is multiplied by.
+    """
+    if total.dim() == 3 and total.device.type == "cpu":
+        for member in zip(total, left, right, strict=True):
+            add_product(*member, alpha)
+    elif left.dtype != total.dtype or _takes_onednn(left, right):
+        total.add_(product(left, right), alpha=alpha)
+    elif total.dim() == 2:
+        total.addmm_(left, right, alpha=alpha)
+    else:
+        total.baddbmm_(left, right, alpha=alpha)
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Return whether oneDNN multiplies float32 matrices faster than MKL, which PyTorch calls for them.
+
+    On processors that are not Intel's, MKL uses vectors of half the length: on an AMD EPYC with AVX-512 it does
+    100 GFLOP/s a core, and oneDNN, which is part of PyTorch too, 200. Decided by what processor this is and not
+    by timing, so that the same machine always gives the same numbers.
+    """
+    has_both = torch.backends.mkl.is_available() and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_both and wide and processor("vendor_id") == "AuthenticAMD"
+
+
+def processor(field: str) -> str | None:
+    """Return what the system tells about the processor, or None if it does not tell.
+
+    Args:
+        field: A name in Linux's ``/proc/cpuinfo``, such as "model name".
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)
+
+
+def _takes_onednn(left: Tensor, right: Tensor) -> bool:
+    # Products without terms are not known to it.
+    has_terms = left.numel() > 0 and right.numel() > 0
+    return left.device.type == "cpu" and left.dtype == torch.float32 and has_terms and onednn_is_faster()
+
+
+def _by_onednn(left: Float[Tensor, "rows inner"], right: Float[Tensor, "inner columns"]) -> Tensor:
+    """Return ``left @ right`` by what oneDNN does for a linear layer, forwards or backwards.
+
+    Which of the three products of such a layer it is depends on what is transposed, so that no transposed view is
+    copied. They want one factor in oneDNN's own storage, which is a copy, so let ``left`` be the smaller one.
+    """
+    aten = torch.ops.aten
+    (inner, columns) = right.shape
+    result: Tensor
+    if right.stride(0) == 1 and inner > 1:
+        result = functional.linear(left.to_mkldnn(), right.mT).to_dense()
+    elif left.stride(0) == 1 and len(left) > 1:
+        (result, _) = aten.mkldnn_linear_backward_weights(left.mT.to_mkldnn(), right.to_mkldnn(), right, False)
+    else:
+        result = aten.mkldnn_linear_backward_input([len(left), columns], left.to_mkldnn(), right).to_dense()
+    return result
