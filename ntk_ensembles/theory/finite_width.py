@@ -140,7 +140,7 @@ class FiniteWidth:
     @property
     def _independent(self) -> float:
         """Number of hidden units that are drawn independently."""
-        return self.width / 2 if self.predictor.antisymmetric else self.width
+        return self.width / (2 if self.predictor.antisymmetric else 1)
 
     def _through_inverse(self, labels: Tensor) -> Tensor:
         """Return r for these labels, (kΘ(X, X))⁻¹Y for X = I_k (docs/theory.md, equation (36))."""
