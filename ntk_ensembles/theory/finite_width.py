@@ -194,7 +194,7 @@ class FiniteWidth:
         """Estimate the variance of one member's outputs at this width.
 
         That is the variance of infinite width, what the gates take from the initial function's part of it, and the
-        expectation over one hidden unit (docs/theory.md, equations (44) to (46); (50) where the readout alone is
+        expectation over one hidden unit (docs/theory.md, equations (44) to (46); (49) where the readout alone is
         trained). Of the unit only the hidden weights are drawn, with ``generator``; the average over its readout is
         exact.
 
@@ -309,7 +309,7 @@ class _Units:
 
 
 class _ReadoutUnits:
-    """Hidden weights of some units, and what of equation (50) is the same for every state.
+    """Hidden weights of some units, and what of equation (49) is the same for every state.
 
     Args:
         hidden: The weights, shape (units, templates).
@@ -333,7 +333,7 @@ class _ReadoutUnits:
         self._centred = inflation * ((values @ seen).square() - expected) - (taken - taken_expected)[:, None]
 
     def squares(self, at: Tensor, on: float, off: float) -> Tensor:
-        """Return what equation (50) averages over units, for each: (units, bits); the arguments are as of `_Units`."""
+        """Return what equation (49) averages over units, for each: (units, bits); the arguments are as of `_Units`."""
         hidden = self._hidden.index_select(1, at)
         _, gap = _gap(hidden, hidden.relu(), self._sum, on, off)
         matched, others = len(at), self._hidden.shape[1] - len(at)
