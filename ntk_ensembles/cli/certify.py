@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_ensembles.cli.main import command
-from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, parse_task
+from ntk_ensembles.cli.parsing import DecoderOptions, OutputOptions, PredictionOptions, parse_task
 from ntk_ensembles.console import console
 from ntk_ensembles.ensemble import INITS, Init
 from ntk_ensembles.ensemble.network import WIDTH_MAX
 from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.tasks import Task
-from ntk_ensembles.theory import LABELS, TIE, Labels, certify_task, certify_width
+from ntk_ensembles.theory import TIE, Labels, certify_task, certify_width, check_labels
 
 _DESCRIPTION = (
     "Certify what a task's templates promise before any training: can it be learned exactly, for which states, with "
@@ -24,7 +24,7 @@ _DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class CertifyOptions(OutputOptions, DecoderOptions, EvaluationOptions):
+class CertifyOptions(OutputOptions, DecoderOptions, PredictionOptions):
     """Options of a certificate."""
 
     delta: float = 1e-6
@@ -51,7 +51,7 @@ class CertifyOptions(OutputOptions, DecoderOptions, EvaluationOptions):
         if self.width is not None:
             check_range("width", self.width, 1, WIDTH_MAX)
         check_choice("init", self.init, INITS)
-        check_choice("labels", self.labels, LABELS)
+        check_labels(self.labels, self.layers)
 
 
 @command("ntk-ensembles certify")
@@ -62,6 +62,8 @@ def certify_command(arguments: list[str], prog: str) -> int:
         with console(stderr=True).status("searching all states for the worst ones …"):
             certificate = certify_task(
                 task,
+                layers=options.layers,
+                padding=options.padding,
                 decoders=options.decoders,
                 delta=options.delta,
                 evaluation_states=options.evaluation_states,
@@ -73,6 +75,8 @@ def certify_command(arguments: list[str], prog: str) -> int:
                     options.width,
                     antisymmetric=options.init == "antisymmetric",
                     labels=options.labels,
+                    layers=options.layers,
+                    padding=options.padding,
                     decoders=options.decoders,
                     delta=options.delta,
                     evaluation_states=options.evaluation_states,
@@ -86,7 +90,10 @@ def certify_command(arguments: list[str], prog: str) -> int:
 
 def _show(task: Task[Any, Any], certificate: dict[str, Any], out: Console) -> None:
     matched = certificate["num_matches"]
-    out.print(f"{task!r}: k = {certificate['templates']} templates, m = {certificate['state_bits']} bits.")
+    padding = f" and {certificate['padding']:,} of padding" if certificate["padding"] else ""
+    trained = ", the readout alone trained" if certificate["layers"] == "readout" else ""
+    templates = f"k = {certificate['templates']} templates{padding}"
+    out.print(f"{task!r}: {templates}, m = {certificate['state_bits']} bits{trained}.")
     every, reachable, sampled = matched["all_states"], matched["reachable"], matched["sampled"]
     out.print(f"Templates that match a state (s): at most {_extreme(every)} in any of the 2^m states (proven);")
     start = _listed(matched["reachable_from"])
@@ -109,7 +116,7 @@ def _show(task: Task[Any, Any], certificate: dict[str, Any], out: Console) -> No
     if at_width := certificate.get("at_width"):
         _show_width(at_width, sampled["states"], out)
     for name, decoder in certificate["decoders"].items():
-        for line in _remarks(name, decoder):
+        for line in _remarks(name, decoder, certificate["padding"]):
             out.print(line, highlight=False)
     out.print(certificate["covers"], style="dim", highlight=False)
 
@@ -144,7 +151,7 @@ def _show_width(at_width: dict[str, Any], sampled: int, out: Console) -> None:
         out.print(f"[bold red]The width is too small:[/bold red] {trusted}.\n", highlight=False)
 
 
-def _remarks(name: str, decoder: dict[str, Any]) -> list[str]:
+def _remarks(name: str, decoder: dict[str, Any], given: int) -> list[str]:
     """Why a decoder is not exact, and why no number of members may suffice."""
     lines = []
     found = decoder["all_states"]
@@ -156,10 +163,10 @@ def _remarks(name: str, decoder: dict[str, Any]) -> list[str]:
             f"pull the mean to {worst['margin']:.3g}. Those that set it: {_groups(worst['groups'])}."
         )
     padding = decoder.get("padding", {"all_states": 0})
-    if padding["all_states"]:
+    if padding["all_states"] > given:
         lines.append(
-            f"{name} is exact with {padding['all_states']:,} padding templates (without a label); on reachable states "
-            f"with {padding['reachable']:,}."
+            f"{name} is exact with --padding {padding['all_states']} (templates without a label); on reachable states "
+            f"with --padding {padding['reachable']}."
         )
     if found["tie"]:
         worst = found["worst_zero"]

@@ -60,8 +60,7 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
         limit, at_width, deviations = experiment.limit, experiment.at_width, members.deviations[members.converged]
     else:
         evaluation = EvaluationSet.sample(experiment.task, options.evaluation_states, options.evaluation_seed)
-        antisymmetric = experiment.options.init == "antisymmetric"
-        limit = LimitPrediction(experiment.task, evaluation, antisymmetric=antisymmetric)
+        limit = LimitPrediction(experiment.task, evaluation, experiment.predictor)
         at_width = experiment.predict_width(limit)
         deviations = _deviations(run, members, limit, options.messages)
     rows = convergence_rows(limit, deviations, sizes, at_width)

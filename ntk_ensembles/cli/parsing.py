@@ -25,11 +25,11 @@ from rich.console import Console
 import ntk_ensembles
 from ntk_ensembles.cli.main import suggestion
 from ntk_ensembles.console import console
-from ntk_ensembles.errors import OptionError, check_range
+from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.files import read_options
 from ntk_ensembles.runs import Experiment, RecordedTask
 from ntk_ensembles.tasks import TASKS, load_task_class
-from ntk_ensembles.theory import DECODERS, Decoder
+from ntk_ensembles.theory import DECODERS, LAYERS, PADDING_MAX, Decoder, Layers
 
 OptionsT = TypeVar("OptionsT")
 
@@ -303,6 +303,27 @@ class EvaluationOptions:
         """
         check_range("evaluation_states", self.evaluation_states, 1, 1_000_000)
         check_range("evaluation_seed", self.evaluation_seed, 0, (1 << 63) - 1)
+
+
+@dataclass(frozen=True)
+class PredictionOptions(EvaluationOptions):
+    """Kind of ensemble that is predicted, and states that it is predicted on."""
+
+    layers: Layers = "both"
+    """Layers that are trained: both, or the readout alone, while the hidden layer stays as it was drawn."""
+
+    padding: int = 0
+    """Padding templates beside the task's own, 0 to 16777216: they set no bit and match no state."""
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            OptionError: An option is outside its range.
+        """
+        super().__post_init__()
+        check_choice("layers", self.layers, LAYERS)
+        check_range("padding", self.padding, 0, PADDING_MAX)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_ensembles.cli.main import command
-from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, parse_task
+from ntk_ensembles.cli.parsing import DecoderOptions, OutputOptions, PredictionOptions, parse_task
 from ntk_ensembles.console import console
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.runs.plan import plan
@@ -25,7 +25,7 @@ _ROWS = 12
 
 
 @dataclass(frozen=True)
-class PlanOptions(OutputOptions, DecoderOptions, EvaluationOptions):
+class PlanOptions(OutputOptions, DecoderOptions, PredictionOptions):
     """Options of a plan."""
 
     exact: float = 0.999
@@ -57,6 +57,8 @@ def plan_command(arguments: list[str], prog: str) -> int:
                 options.exact,
                 decoders=options.decoders,
                 all_states=options.all_states,
+                layers=options.layers,
+                padding=options.padding,
                 evaluation_states=options.evaluation_states,
                 evaluation_seed=options.evaluation_seed,
             )
@@ -66,6 +68,8 @@ def plan_command(arguments: list[str], prog: str) -> int:
         "task": {"name": task.name, **task.options},
         "exact": options.exact,
         "all_states": options.all_states,
+        "layers": options.layers,
+        "padding": options.padding,
         "calibration": asdict(measured),
         "choices": [asdict(choice) for choice in choices],
     }

@@ -18,12 +18,21 @@ from rich.table import Table
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import DecoderOptions, OutputOptions, parse_task
 from ntk_ensembles.console import Progress, console
-from ntk_ensembles.errors import OptionError, check_range
+from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.tasks import SBN, TASKS, Branch, Task, TaskError, load_task_class
 from ntk_ensembles.tasks.base import user_code
 from ntk_ensembles.tasks.evaluation import checked_inputs, num_micro_steps
 from ntk_ensembles.templates import MatchBounds, TemplateSet
-from ntk_ensembles.theory import TIE, Decoder, NTKExecutor, TemplatePredictor, sign_padding
+from ntk_ensembles.theory import (
+    LAYERS,
+    PADDING_MAX,
+    TIE,
+    Decoder,
+    Layers,
+    NTKExecutor,
+    TemplatePredictor,
+    sign_padding,
+)
 from ntk_ensembles.theory.validation import Tally, validate_programs, validate_task
 
 _DESCRIPTION = (
@@ -49,6 +58,13 @@ class ValidateOptions(OutputOptions, DecoderOptions):
     seed: int = 0
     """Seed of random inputs, where not all are run."""
 
+    layers: Layers = "both"
+    """Layers that are trained: both, or the readout alone, while the hidden layer stays as it was drawn."""
+
+    padding: int | None = None
+    """Padding templates beside the task's own, 0 to 16777216; by default none for midpoint, and for sign as many as it
+    needs to be exact."""
+
     def __post_init__(self) -> None:
         """Check the options' ranges.
 
@@ -60,6 +76,9 @@ class ValidateOptions(OutputOptions, DecoderOptions):
         if self.inputs is not None:
             check_range("inputs", self.inputs, 1, 1_000_000_000)
         check_range("seed", self.seed, 0, (1 << 63) - 1)
+        check_choice("layers", self.layers, LAYERS)
+        if self.padding is not None:
+            check_range("padding", self.padding, 0, PADDING_MAX)
 
 
 @dataclass(frozen=True)
@@ -149,7 +168,7 @@ def _validate_tasks(task: Task[Any, Any], options: ValidateOptions) -> list[Row]
         for one, inputs, steps, complete in work:
             bits = one.options.get("bits")
             label = one.name if bits is None else f"{one.name}, {bits} bits"
-            checked = _Checked(one.templates, options.decoders)
+            checked = _Checked(one.templates, options)
 
             def advance(done: int, steps: int = steps, label: str = label) -> None:
                 progress.advance(done * steps, label)
@@ -177,7 +196,7 @@ def _choose_inputs(task: Task[Any, Any], options: ValidateOptions) -> tuple[Iter
 
 def _validate_programs(chosen: RandomPrograms, options: ValidateOptions) -> Row:
     task = chosen.make_task()
-    checked = _Checked(task.templates, options.decoders)
+    checked = _Checked(task.templates, options)
     with Progress(task.name, chosen.instructions, console(stderr=True)) as progress:
         report = validate_programs(
             task,
@@ -190,18 +209,23 @@ def _validate_programs(chosen: RandomPrograms, options: ValidateOptions) -> Row:
 
 
 class _Checked:
-    """Decoders of some templates with the padding that each needs."""
+    """Decoders of some templates with the padding that was asked for, or that each needs."""
 
-    def __init__(self, templates: TemplateSet, decoders: Sequence[Decoder]) -> None:
-        self._decoders = decoders
-        self._paddings = [
-            sign_padding(TemplatePredictor(templates), MatchBounds(templates)) if decoder == "sign" else 0
-            for decoder in decoders
-        ]
+    def __init__(self, templates: TemplateSet, options: ValidateOptions) -> None:
+        self._decoders = options.decoders
+        self._paddings = [self._padding(templates, decoder, options) for decoder in self._decoders]
         self.executors = [
-            NTKExecutor(templates, decoder, padding=padding)
-            for decoder, padding in zip(decoders, self._paddings, strict=True)
+            NTKExecutor(templates, decoder, padding=padding, layers=options.layers)
+            for decoder, padding in zip(self._decoders, self._paddings, strict=True)
         ]
+
+    @staticmethod
+    def _padding(templates: TemplateSet, decoder: Decoder, options: ValidateOptions) -> int:
+        if options.padding is not None:
+            return options.padding
+        if decoder != "sign":
+            return 0
+        return sign_padding(TemplatePredictor(templates, layers=options.layers), MatchBounds(templates))
 
     def as_rows(self, tallies: Sequence[Tally]) -> Row:
         """Return the tallies by decoder, as plain values."""
@@ -264,7 +288,9 @@ def _remarks(columns: dict[str, str], results: Row) -> list[str]:
         lines.append("Numbers with ≈ are estimates from a sample of the states; everything was executed.")
     if not all(row.get("all_inputs", True) for row in results["rows"]):
         lines.append("Not all inputs were run: the task does not list them, or --inputs limits them.")
-    if any(tally["padding"] for tally in tallies):
+    if results["task"].get("padding") is not None:
+        lines.append("+ n: with n padding templates.")
+    elif any(tally["padding"] for tally in tallies):
         lines.append("sign + n: with n padding templates, which it needs to be exact (ntk-ensembles certify).")
     if any(tally["ties"] for tally in tallies):
         lines.append(

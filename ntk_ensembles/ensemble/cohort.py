@@ -33,12 +33,12 @@ class Recipe:
     """Everything that a member of an ensemble trained on templates depends on, apart from its index.
 
     Attributes:
-        labels: Y, the output bits of each template; the training inputs are X = I_k.
+        labels: Y, the output bits of each template, padding included; the training inputs are X = I_k.
         width: n, the number of hidden units.
         init: How weights are drawn.
         seed: Seed of the ensemble.
         precision: Precision of the arithmetic.
-        descent: What members minimise, and when they stop.
+        descent: What members minimise, which of their layers are trained, and when they stop.
 
     Raises:
         OptionError: An unknown ``init`` or ``precision``.

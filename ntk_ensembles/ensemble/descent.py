@@ -25,11 +25,12 @@ from torch import Tensor
 from ntk_ensembles.ensemble.engines import ENGINES, Engine, EngineChoice, is_one_hot, make_engine
 from ntk_ensembles.ensemble.network import MLPStack, map_members
 from ntk_ensembles.errors import OptionError, check_choice, check_range
-from ntk_ensembles.theory.kernels import InverseKernel
+from ntk_ensembles.theory.kernels import LAYERS, InverseKernel, Layers
 
 Loss = Literal["whitened", "mse"]
 """``whitened``: ½·tr(R Θ⁻¹ Rᵀ) with the analytic kernel Θ = Θ(X, X), whose curvature is 1 in every direction
-up to O(√(k/n)). ``mse``: ½·tr(R Rᵀ) at the step size 2/(λmin + λmax) of Θ. R are the residuals f(X) − Y."""
+up to O(√(k/n)). ``mse``: ½·tr(R Rᵀ) at the step size 2/(λmin + λmax) of Θ. R are the residuals f(X) − Y. Where the
+readout alone is trained, the kernel is K in place of Θ."""
 
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 
@@ -60,6 +61,8 @@ class DescentOptions:
     """Steps after which a member is given up as not converged; restarts count on."""
     engine: EngineChoice = "auto"
     """Fast path for one-hot training inputs where they are one-hot, or `torch.func` in any case."""
+    layers: Layers = "both"
+    """Which layers are trained: both, or the readout alone, while the hidden layer stays as it was drawn."""
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -69,6 +72,7 @@ class DescentOptions:
         """
         check_choice("loss", self.loss, LOSSES)
         check_choice("engine", self.engine, ENGINES)
+        check_choice("layers", self.layers, LAYERS)
         check_range("steps_max", self.steps_max, 1, 100_000)
         if not 0 < self.tolerance < 1:
             raise OptionError("tolerance", self.tolerance, "a number between 0 and 1")
@@ -182,16 +186,24 @@ class Descent(torch.optim.Optimizer):
             self.statuses[:] = [MemberStatus() for _ in self.statuses]
             self._loaded = None
         self._digest = digest
-        inverse_kernel = inverse_kernel_of(inputs)
+        options = self._options
+        inverse_kernel = inverse_kernel_of(inputs, options.layers)
         batched = hidden.device.type != "cpu" if self._batched is None else self._batched
         members = range(len(hidden))
         parts = [slice(0, len(hidden))] if batched else [slice(i, i + 1) for i in members]
         self._trainings = [
             _Training(
-                make_engine(hidden[part], readout[part], inputs, self._options.engine, bfloat16=self.bfloat16),
+                make_engine(
+                    hidden[part],
+                    readout[part],
+                    inputs,
+                    options.engine,
+                    layers=options.layers,
+                    bfloat16=self.bfloat16,
+                ),
                 targets,
                 inverse_kernel,
-                self._options,
+                options,
                 self.statuses[part],
                 [partial(self._stack.redraw, position) for position in members[part]],
                 bfloat16=self.bfloat16,
@@ -425,16 +437,20 @@ class _History:
         return proposal
 
 
-def inverse_kernel_of(inputs: Float[Tensor, "inputs in_features"]) -> InverseKernel:
-    """Return Θ(X, X)⁻¹: in closed form if X is one-hot, otherwise factored in double precision.
+def inverse_kernel_of(inputs: Float[Tensor, "inputs in_features"], layers: Layers = "both") -> InverseKernel:
+    """Return Θ(X, X)⁻¹, or K(X, X)⁻¹: in closed form if X is one-hot, otherwise factored in double precision.
+
+    Args:
+        inputs: X, one training input a row.
+        layers: Which layers are trained.
 
     Raises:
-        ValueError: Θ(X, X) is singular: a zero row, or parallel rows.
+        ValueError: The kernel's matrix is singular: a zero row, or parallel rows.
     """
     return (
-        InverseKernel.for_one_hot(len(inputs))
+        InverseKernel.for_one_hot(len(inputs), layers)
         if is_one_hot(inputs)
-        else InverseKernel.from_inputs(inputs.double().cpu())
+        else InverseKernel.from_inputs(inputs.double().cpu(), layers)
     )
 
 

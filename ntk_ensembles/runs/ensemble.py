@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Float16, Float64
 from torch import Tensor
+from torch.nn import functional
 
 from ntk_ensembles.ensemble import MLPStack, TwoLayerMLP, choose_cohort, predict, train_members
 from ntk_ensembles.ensemble.cohort import free_memory_bytes
@@ -17,7 +18,7 @@ from ntk_ensembles.runs.run import Run, TaskOrClass
 from ntk_ensembles.runs.store import StoreError
 from ntk_ensembles.tasks import Task
 from ntk_ensembles.templates import SparseMatcher
-from ntk_ensembles.theory import Decoder, LimitPrediction, Rollout, Step, TemplatePredictor, TensorStepper, rollout
+from ntk_ensembles.theory import Decoder, LimitPrediction, Rollout, Step, TensorStepper, rollout
 from ntk_ensembles.theory.executor import decoded_step
 
 _STATES_AT_ONCE = 1024
@@ -48,7 +49,7 @@ class Ensemble(TensorStepper):
         self._source = source
         # A matrix product waits for all cores; where other programs run, that outlasts a step of a few states.
         self._matcher = SparseMatcher(run.experiment.task.templates)
-        self._predictor = TemplatePredictor(run.experiment.task.templates)
+        self._predictor = run.experiment.predictor
         if memory_bytes is None:
             memory_bytes = int(_MEMORY_SHARE * free_memory_bytes(source.device))
         fits = len(self) * run.experiment.recipe.weight_bytes <= memory_bytes
@@ -153,8 +154,9 @@ class Ensemble(TensorStepper):
         """Return every member's outputs, in the order of `indices`.
 
         Args:
-            x: Encoded inputs, such as from ``task.encode``.
+            x: Encoded inputs, such as from ``task.encode``; columns of padding templates may be left out.
         """
+        x = self._padded(x)
         outputs: dict[int, Tensor] = {}
         for stack in self._stacks():
             outputs.update(zip(stack.indices, predict(stack, x).cpu(), strict=True))
@@ -164,9 +166,9 @@ class Ensemble(TensorStepper):
         """Return the mean over members of the outputs.
 
         Args:
-            x: Encoded inputs, such as from ``task.encode``.
+            x: Encoded inputs, such as from ``task.encode``; columns of padding templates may be left out.
         """
-        return self._mean([x])
+        return self._mean([self._padded(x)])
 
     def predict(self, states: Bool[Tensor, "states bits"]) -> Float64[Tensor, "states bits"]:
         """Return the mean over members of the outputs at states.
@@ -253,7 +255,11 @@ class Ensemble(TensorStepper):
 
     def _encode(self, states: Tensor) -> Tensor:
         matches = torch.from_numpy(self._matcher.matches(states.numpy()))
-        return self.task.templates.encode(matches).to(torch.float32)
+        return self._predictor.encode(matches).to(torch.float32)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        missing = self._predictor.padding if x.shape[-1] == len(self.task.templates) else 0
+        return functional.pad(x, (0, missing))
 
     def _stacks(self) -> Iterable[MLPStack]:
         """Return all members, which stay in memory, or bring them again, cohort by cohort."""

@@ -26,13 +26,16 @@ from ntk_ensembles.runs.record import RecordedTask
 from ntk_ensembles.runs.store import fingerprint
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
 from ntk_ensembles.theory import (
-    LABELS,
+    LAYERS,
     MOVEMENT_MAX,
+    PADDING_MAX,
     FiniteWidth,
     Labels,
+    Layers,
     LimitPrediction,
     TemplatePredictor,
     WidthPrediction,
+    check_labels,
 )
 
 Accelerator = Literal["auto", "cpu", "gpu"]
@@ -64,6 +67,13 @@ class RunOptions:
     labels: Labels = "plain"
     """Train on the templates' labels, or on labels corrected for the width, so that the mean of many members approaches
     that of infinite width."""
+
+    layers: Layers = "both"
+    """Layers to train: both, or the readout alone, while the hidden layer stays as it was drawn."""
+
+    padding: int = 0
+    """Padding templates to add, 0 to 16777216: they set no bit and match no state, and bring the sign decoder's 1-bits
+    above 0 where there are enough (ntk-ensembles certify)."""
 
     precision: Precision = "32-true"
     """Lightning's names; bf16-mixed computes the products of a step's update in bfloat16 and all else in float32."""
@@ -120,7 +130,9 @@ class RunOptions:
         check_range("seed", self.seed, 0, SEED_MAX)
         check_choice("init", self.init, INITS)
         check_choice("loss", self.loss, LOSSES)
-        check_choice("labels", self.labels, LABELS)
+        check_choice("layers", self.layers, LAYERS)
+        check_labels(self.labels, self.layers)
+        check_range("padding", self.padding, 0, PADDING_MAX)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("accelerator", self.accelerator, get_args(Accelerator))
         check_choice("engine", self.engine, ENGINES)
@@ -179,28 +191,40 @@ class Experiment:
         return EvaluationSet.sample(self.task, self.options.evaluation_states, self.options.evaluation_seed)
 
     @cached_property
+    def predictor(self) -> TemplatePredictor:
+        """Theory of infinitely wide members of this kind."""
+        options = self.options
+        antisymmetric = options.init == "antisymmetric"
+        return TemplatePredictor(
+            self.task.templates, options.padding, layers=options.layers, antisymmetric=antisymmetric
+        )
+
+    @cached_property
     def limit(self) -> LimitPrediction:
         """What infinite width predicts of the evaluation states."""
-        antisymmetric = self.options.init == "antisymmetric"
-        return LimitPrediction(self.task, self.evaluation, antisymmetric=antisymmetric)
+        return LimitPrediction(self.task, self.evaluation, self.predictor)
 
     @cached_property
     def finite_width(self) -> FiniteWidth:
         """Theory of the members' own width."""
-        options = self.options
-        predictor = TemplatePredictor(self.task.templates, antisymmetric=options.init == "antisymmetric")
-        return FiniteWidth(predictor, options.width, corrected=options.labels == "corrected")
+        return FiniteWidth(self.predictor, self.options.width, corrected=self.options.labels == "corrected")
 
     @property
     def without_finite_width(self) -> str | None:
         """Why nothing is predicted for the members' own width, in words; None if it is."""
-        if self.options.loss != "whitened":
-            return f"the expansion is for training by the whitened loss, not by {self.options.loss}"
-        movement = self.finite_width.movement
-        if movement > MOVEMENT_MAX:
+        options, finite = self.options, self.finite_width
+        if options.layers == "readout":
+            # The path of training does not matter, and so not the loss.
+            return None if finite.trusted else f"it is for widths of at least {finite.trusted_from} here"
+        if options.loss != "whitened":
             return (
-                f"training moves hidden weights by {movement:.2f} of their scale, and the expansion means little "
-                f"above {MOVEMENT_MAX}; it needs a larger width"
+                f"the expansion is for training by the whitened loss, not by {options.loss}, whose steps lead to "
+                "another bias"
+            )
+        if not finite.trusted:
+            return (
+                f"training moves hidden weights by {finite.movement:.2f} of their scale, and the expansion means "
+                f"little above {MOVEMENT_MAX}; it needs a larger width"
             )
         return None
 
@@ -225,9 +249,9 @@ class Experiment:
             OptionError: The width is too small for labels to be corrected.
         """
         options = self.options
-        labels = self.task.templates.labels
+        labels = self.predictor.labels
         if options.labels == "corrected":
-            if self.finite_width.movement > MOVEMENT_MAX:
+            if not self.finite_width.trusted:
                 raise OptionError("labels", "corrected", f"plain at width {options.width}, or a larger width")
             labels = self.finite_width.labels
         return Recipe(
@@ -236,7 +260,7 @@ class Experiment:
             options.init,
             options.seed,
             options.precision,
-            DescentOptions(options.loss, options.tolerance, options.steps, options.engine),
+            DescentOptions(options.loss, options.tolerance, options.steps, options.engine, options.layers),
         )
 
     @cached_property
@@ -276,4 +300,4 @@ class Experiment:
             options.evaluation_seed,
             device_type or self.device.type,
         )
-        return {**found, "labels": options.labels}
+        return {**found, "labels": options.labels, "padding": options.padding}

@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from ntk_ensembles.ensemble import Init, Recipe, choose_cohort, predict, train_members
+from ntk_ensembles.ensemble import DescentOptions, Init, Recipe, choose_cohort, predict, train_members
 from ntk_ensembles.ensemble.cohort import COHORT_MAX
 from ntk_ensembles.ensemble.network import cpu_workers
 from ntk_ensembles.runs.options import RunOptions
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
 from ntk_ensembles.theory import (
     LABELS,
-    MOVEMENT_MAX,
     Certificate,
     Decoder,
     FiniteWidth,
     Labels,
+    Layers,
     LimitPrediction,
     TemplatePredictor,
     WidthPrediction,
@@ -114,23 +114,23 @@ class Calibration:
         return rounds * width / self.width * (self.fixed_seconds + steps * self.step_seconds)
 
 
-def calibrate(task: Task[Any, Any], width: int, device: torch.device, evaluation: EvaluationSet) -> Calibration:
+def calibrate(predictor: TemplatePredictor, width: int, device: torch.device, evaluation: EvaluationSet) -> Calibration:
     """Measure how long a few members of one width take on this machine.
 
     Args:
-        task: What they learn.
+        predictor: Theory of what they learn.
         width: The smallest width of interest, at which training converges. Time is measured at a width that keeps this
             machine busy, for below that it hardly depends on it; steps at this one, where they are more.
         device: Where to compute.
         evaluation: States to evaluate them on.
     """
     workers = cpu_workers() if device.type == "cpu" else 1
-    labels = task.templates.labels.to(torch.float32)
-    busy = 1 << round(math.log2(_WEIGHTS_MEASURED / sum(labels.shape)))
-    recipe = Recipe(labels, min(max(width, busy), max(WIDTHS)))
-    inputs = task.templates.encode(evaluation.matches).to(torch.float32)
+    smallest = _recipe(predictor, width)
+    busy = 1 << round(math.log2(_WEIGHTS_MEASURED / sum(smallest.labels.shape)))
+    recipe = _recipe(predictor, min(max(width, busy), max(WIDTHS)))
+    inputs = predictor.encode(evaluation.matches).to(torch.float32)
     # The first call of everything is slower than the rest of a run.
-    first = train_members(Recipe(labels, width), range(2 * workers), device)[1]
+    first = train_members(smallest, range(2 * workers), device)[1]
     lowest = sum(math.log10(max(status.relative_loss, 1e-30)) for status in first)
     decades = -lowest / sum(status.steps for status in first)
     started = time.perf_counter()
@@ -156,6 +156,8 @@ def plan(
     *,
     decoders: Sequence[Decoder],
     all_states: bool = False,
+    layers: Layers = "both",
+    padding: int = 0,
     evaluation_states: int = 1000,
     evaluation_seed: int = 0,
     widths: Sequence[int] = WIDTHS,
@@ -169,6 +171,8 @@ def plan(
             chance that not one of them is wrong. Between 0 and 1.
         decoders: Decoders to consider.
         all_states: Whether the target is for all 2^m states rather than for evaluation states.
+        layers: Which layers are trained; one of `LAYERS`.
+        padding: Number of padding templates, as in `TemplatePredictor`.
         evaluation_states: Number of evaluation states that a run would have.
         evaluation_seed: Seed of the evaluation states.
         widths: Widths to consider; those at which theory is not valid are left out.
@@ -188,15 +192,17 @@ def plan(
     sample = states_of_all_densities(task, evaluation)
     found: list[tuple[int, int, Decoder, Labels, Init]] = []
     valid: set[int] = set()
-    for init in _INITS:
-        antisymmetric = init == "antisymmetric"
-        predictor = TemplatePredictor(task.templates, antisymmetric=antisymmetric)
-        limit = LimitPrediction(task, evaluation, antisymmetric)
-        for labels in LABELS:
+    predictors = {
+        init: TemplatePredictor(task.templates, padding, layers=layers, antisymmetric=init == "antisymmetric")
+        for init in _INITS
+    }
+    for init, predictor in predictors.items():
+        limit = LimitPrediction(task, evaluation, predictor)
+        for labels in LABELS if layers == "both" else LABELS[:1]:
             wanted = dict.fromkeys(decoders, MEMBERS_MAX)
             for width in sorted(widths):
                 # Labels that cannot be corrected are those of a width that is far too small.
-                if FiniteWidth(predictor, width).movement > MOVEMENT_MAX:
+                if not FiniteWidth(predictor, width).trusted:
                     continue
                 valid.add(width)
                 finite = FiniteWidth(predictor, width, corrected=labels == "corrected")
@@ -204,12 +210,17 @@ def plan(
                     found.append((width, members, decoder, labels, init))
                     # A larger width with as many members would only cost more.
                     wanted[decoder] = members - 1
-    measured = calibrate(task, min(valid, default=max(widths)), device, evaluation)
+    measured = calibrate(predictors["gaussian"], min(valid, default=max(widths)), device, evaluation)
     # What a command would take by itself is left out of it.
-    asked = {"evaluation_states": evaluation_states, "evaluation_seed": evaluation_seed}
+    asked = {
+        "layers": layers,
+        "padding": padding,
+        "evaluation_states": evaluation_states,
+        "evaluation_seed": evaluation_seed,
+    }
     defaults = RunOptions()
     options = {name: value for name, value in asked.items() if value != getattr(defaults, name)}
-    choices = [_choice(task, evaluation, options, measured, device, *each) for each in found]
+    choices = [_choice(task, predictors[each[-1]], evaluation, options, measured, device, *each) for each in found]
     return sorted(choices, key=lambda choice: choice.seconds), measured
 
 
@@ -260,8 +271,14 @@ def smallest_reaching(prediction: WidthPrediction, decoder: Decoder, exact: floa
     return high
 
 
+def _recipe(predictor: TemplatePredictor, width: int, init: Init = "gaussian") -> Recipe:
+    descent = DescentOptions(layers=predictor.kernel.layers)
+    return Recipe(predictor.labels.to(torch.float32), width, init, descent=descent)
+
+
 def _choice(
     task: Task[Any, Any],
+    predictor: TemplatePredictor,
     evaluation: EvaluationSet,
     others: dict[str, Any],
     measured: Calibration,
@@ -272,11 +289,12 @@ def _choice(
     labels: Labels,
     init: Init,
 ) -> Choice:
-    recipe = Recipe(task.templates.labels.to(torch.float32), width, init)
+    recipe = _recipe(predictor, width, init)
     steps = measured.steps(width, recipe.descent.tolerance)
     templates, bits = recipe.labels.shape
-    # Outputs, and per step three products; evaluation sums the columns that a state selects.
-    training = (3 * steps + 1) * width * templates * bits
+    # Outputs, and per step one product more for each layer; evaluation sums the columns that a state selects.
+    products = 3 if recipe.descent.layers == "both" else 2
+    training = (products * steps + 1) * width * templates * bits
     evaluated = width * (int(evaluation.matches.sum()) + len(evaluation) * bits)
     try:
         cohort = choose_cohort(recipe, len(evaluation), members, device)

@@ -63,6 +63,8 @@ class Results(TypedDict):
     members_planned: int
     init: str
     labels: str
+    layers: str
+    padding: int
     loss: str
     precision: str
     tolerance: float
@@ -108,6 +110,8 @@ def results_of(
         "members_planned": len(experiment.planned),
         "init": manifest["init"],
         "labels": manifest["labels"],
+        "layers": manifest["layers"],
+        "padding": manifest["padding"],
         "loss": manifest["loss"],
         "precision": manifest["precision"],
         "tolerance": manifest["tolerance"],
@@ -177,7 +181,10 @@ def _draw(store: RunStore, experiment: Experiment, results: Results) -> None:
 
     rows = results["convergence"]
     bands = {decoder: experiment.limit.band([row["members"] for row in rows], decoder) for decoder in DECODERS}
-    title = f"{experiment.task!r}: {results['templates']} templates, width {results['width']}, "
+    title = f"{experiment.task!r}: {results['templates']} templates, "
+    title += f"{results['padding']} of padding, " if results["padding"] else ""
+    title += f"width {results['width']}, "
+    title += "readout trained, " if results["layers"] == "readout" else ""
     title += "corrected labels, " if results["labels"] == "corrected" else ""
     title += f"{results['init']}, {rows[-1]['members']} members"
     figure = convergence_figure(rows, bands, title.replace("$", r"\$"))

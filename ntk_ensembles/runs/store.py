@@ -50,7 +50,7 @@ _HALF_WRITTEN = (
 )
 """Names of files that were being written: of `write_atomically`, and of what safetensors makes beside them."""
 
-FORMAT = 3
+FORMAT = 4
 """Version of everything in the directory. Directories of another version are refused."""
 
 STAGES = ("init", "train", "evaluate")
@@ -203,6 +203,7 @@ def fingerprint(
         "loss": recipe.descent.loss,
         "precision": recipe.precision,
         "engine": recipe.descent.engine,
+        "layers": recipe.descent.layers,
         "seed": recipe.seed,
         "tolerance": recipe.descent.tolerance,
         "steps": recipe.descent.steps_max,

@@ -39,16 +39,28 @@ from ntk_ensembles.theory.finite_width import (
     Labels,
     VarianceEstimate,
     WidthPrediction,
+    check_labels,
 )
-from ntk_ensembles.theory.kernels import InverseKernel, kappa0, kappa1, nngp, ntk, ntk_profile
-from ntk_ensembles.theory.predictor import KERNELS, Gaussian, Kernel, Posterior, TemplatePredictor, posterior
+from ntk_ensembles.theory.kernels import (
+    LAYERS,
+    InverseKernel,
+    Layers,
+    TrainingKernel,
+    kappa0,
+    kappa1,
+    nngp,
+    ntk,
+    ntk_profile,
+)
+from ntk_ensembles.theory.predictor import PADDING_MAX, Gaussian, Posterior, TemplatePredictor, posterior
 from ntk_ensembles.theory.width_certificate import certify_width
 
 __all__ = [
     "DECODERS",
-    "KERNELS",
     "LABELS",
+    "LAYERS",
     "MOVEMENT_MAX",
+    "PADDING_MAX",
     "TIE",
     "Certificate",
     "Decoder",
@@ -58,8 +70,8 @@ __all__ = [
     "InverseKernel",
     "LimitPrediction",
     "NTKExecutor",
-    "Kernel",
     "Labels",
+    "Layers",
     "Posterior",
     "Prediction",
     "Rollout",
@@ -68,6 +80,7 @@ __all__ = [
     "TemplatePredictor",
     "TensorStepper",
     "Trace",
+    "TrainingKernel",
     "WidthPrediction",
     "WorstCase",
     "VarianceEstimate",
@@ -75,6 +88,7 @@ __all__ = [
     "certify",
     "certify_task",
     "certify_width",
+    "check_labels",
     "decode",
     "decode_mean",
     "empirical_ntk",

@@ -37,7 +37,7 @@ from ntk_ensembles.theory.decoding import (
     log_exact_match_probability,
     margin_table,
 )
-from ntk_ensembles.theory.kernels import NTK_DIAGONAL, ORTHOGONAL, ntk_profile
+from ntk_ensembles.theory.kernels import ORTHOGONAL, Layers, TrainingKernel
 from ntk_ensembles.theory.predictor import TemplatePredictor
 
 _ROUNDING = 1e-13
@@ -45,8 +45,9 @@ _ROUNDING = 1e-13
 
 _COVERS = (
     "This covers the mean of infinitely wide members trained to convergence, and, where members are counted, the "
-    "Gaussian spread of infinitely wide members around it. It does not cover what a finite width adds (a shift of the "
-    "mean of order √(templates/width)), members that have not converged, or rounding: train.py measures those."
+    "Gaussian spread of infinitely wide members around it. It does not cover what a finite width adds (with both layers "
+    "trained a shift of the mean of order √(templates/width), and some spread), members that have not converged, or "
+    "rounding: train.py measures those."
 )
 _INPUTS_SEEN = 1000
 """Number of inputs that show in which bits trajectories begin."""
@@ -349,11 +350,11 @@ def sign_padding(predictor: TemplatePredictor, bounds: MatchBounds) -> int:
     k > F·(s − (d − c)/(a − c))/C − (d − c)/c, which grows with s. 0-bits have means of at most 0.
 
     Args:
-        predictor: Theory without padding.
+        predictor: Theory of the templates; its own padding is not counted.
         bounds: Bounds of the same templates, over the states in question.
 
     Returns:
-        The smallest number; an upper bound of it where a search ran out of time.
+        The smallest number of padding templates in all; an upper bound of it where a search ran out of time.
 
     Raises:
         RuntimeError: The solver failed.
@@ -362,7 +363,7 @@ def sign_padding(predictor: TemplatePredictor, bounds: MatchBounds) -> int:
     assert most is not None
     size = len(predictor.templates)
     needed_at_most = {
-        (bit, set_count): _templates_needed(most.bound, set_count, fan_in)
+        (bit, set_count): _templates_needed(predictor.kernel, most.bound, set_count, fan_in)
         for bit, fan_in in enumerate(predictor.fan_in.tolist())
         for set_count in range(1, min(fan_in, most.bound) + 1)
     }
@@ -373,21 +374,24 @@ def sign_padding(predictor: TemplatePredictor, bounds: MatchBounds) -> int:
         bound = bounds.max_matches(bit, set_count)
         if bound is None:
             continue
-        exact = _templates_needed(bound.bound, set_count, int(predictor.fan_in[bit]))
+        exact = _templates_needed(predictor.kernel, bound.bound, set_count, int(predictor.fan_in[bit]))
         if exact > needed:
             needed, critical = exact, (bit, set_count, bound.bound)
     bit, set_count, num_matches = critical
     padding = max(0, math.floor(needed) + 1 - size)
     # Rounding, and a threshold a little above 0: the decoder itself has the last word.
-    while num_matches and not _reads_one(TemplatePredictor(predictor.templates, padding), bit, set_count, num_matches):
+    while num_matches:
+        padded = TemplatePredictor(predictor.templates, padding, layers=predictor.kernel.layers)
+        if _reads_one(padded, bit, set_count, num_matches):
+            break
         padding += 1
     return padding
 
 
-def _templates_needed(num_matches: int, set_count: int, fan_in: int) -> float:
+def _templates_needed(kernel: TrainingKernel, num_matches: int, set_count: int, fan_in: int) -> float:
     """Return the k above which the mean of a bit with C = ``set_count`` ≥ 1 is positive."""
-    gap = NTK_DIAGONAL - ORTHOGONAL
-    excess = float(ntk_profile(torch.tensor(num_matches**-0.5, dtype=torch.float64))) - ORTHOGONAL
+    gap = kernel.gap
+    excess = float(kernel.profile(torch.tensor(num_matches**-0.5, dtype=torch.float64))) - ORTHOGONAL
     return fan_in * (num_matches - gap / excess) / set_count - gap / ORTHOGONAL
 
 
@@ -400,6 +404,8 @@ def _reads_one(predictor: TemplatePredictor, bit: int, set_count: int, num_match
 def certify_task(
     task: Task[Any, Any],
     *,
+    layers: Layers = "both",
+    padding: int = 0,
     decoders: Sequence[Decoder] = DECODERS,
     delta: float = 1e-6,
     evaluation_states: int = 1000,
@@ -409,6 +415,8 @@ def certify_task(
 
     Args:
         task: Task to certify.
+        layers: Which layers are trained, one of `LAYERS`.
+        padding: Number of padding templates, as in `TemplatePredictor`.
         decoders: Decoders to certify.
         delta: Chance δ of any wrong bit that the members needed must stay below, between 0 and 1.
         evaluation_states: Number of evaluation states to sample beside the proofs, at least 1.
@@ -420,7 +428,7 @@ def certify_task(
         RuntimeError: The solver failed.
     """
     templates = task.templates
-    predictor = TemplatePredictor(templates)
+    predictor = TemplatePredictor(templates, padding, layers=layers)
     evaluation = EvaluationSet.sample(task, evaluation_states, evaluation_seed)
     seen = evaluation.matches.sum(1)
     start_names = _start_bits(task, evaluation_seed)[1]
@@ -443,6 +451,8 @@ def certify_task(
     return {
         "task": {"name": task.name, **task.options},
         "templates": len(templates),
+        "padding": padding,
+        "layers": layers,
         "state_bits": task.layout.bits,
         "delta": delta,
         "num_matches": {

@@ -382,31 +382,34 @@ class LimitPrediction(Prediction):
     Args:
         task: Task that is learned.
         evaluation: Its evaluation states.
-        antisymmetric: Members start at exactly 0, as in `TemplatePredictor`.
+        predictor: Theory of the ensemble, of the task's templates; by default that of Gaussian members of which both
+            layers are trained, without padding.
 
     Attributes:
         task: Task that is learned.
         evaluation: Its evaluation states.
-        predictor: Predictor of the task's templates.
+        predictor: As given.
         mean: Mean output of infinitely many members at each state.
         variance: Variance of one member at each state.
         thresholds: Thresholds of each decoder.
         margins: Margins of each decoder.
     """
 
-    def __init__(self, task: Task[Any, Any], evaluation: EvaluationSet, antisymmetric: bool = False) -> None:
+    def __init__(
+        self, task: Task[Any, Any], evaluation: EvaluationSet, predictor: TemplatePredictor | None = None
+    ) -> None:
         self.task = task
         self.evaluation = evaluation
-        self.predictor = TemplatePredictor(task.templates, antisymmetric=antisymmetric)
+        self.predictor = TemplatePredictor(task.templates) if predictor is None else predictor
         gaussian = self.predictor.predict(evaluation.matches)
         num_matches = evaluation.matches.sum(1)
         limits = {decoder: thresholds(decoder, self.predictor, num_matches) for decoder in DECODERS}
         super().__init__(gaussian.mean, gaussian.variance, limits, evaluation.next_states)
 
     @cached_property
-    def inputs(self) -> Float64[Tensor, "states templates"]:
+    def inputs(self) -> Float64[Tensor, "states size"]:
         """The encoded evaluation states."""
-        return self.predictor.templates.encode(self.evaluation.matches)
+        return self.predictor.encode(self.evaluation.matches)
 
     def decode(self, deviation: Float[Tensor, "states bits"], decoder: Decoder) -> Bool[Tensor, "states bits"]:
         """Decode an ensemble whose mean deviates from the limit's by ``deviation``."""

@@ -37,6 +37,7 @@ from ntk_ensembles.templates.matching import (
     unpack,
 )
 from ntk_ensembles.theory.decoding import Decoder, decode_mean, margin_table
+from ntk_ensembles.theory.kernels import Layers
 from ntk_ensembles.theory.predictor import Gaussian, TemplatePredictor
 
 _FEW = 16
@@ -325,6 +326,7 @@ class NTKExecutor:
         templates: Templates of the task.
         decoder: One of `DECODERS`.
         padding: Number of padding templates, as in `TemplatePredictor`.
+        layers: Which layers are trained, as in `TemplatePredictor`.
 
     Attributes:
         bits: Number of bits of a state.
@@ -332,14 +334,16 @@ class NTKExecutor:
         states_at_once: Number of states that fill a best-sized batch of planes.
 
     Raises:
-        ValueError: The decoder is unknown or the padding negative.
+        ValueError: The decoder or ``layers`` is unknown, or the padding outside its range.
     """
 
-    def __init__(self, templates: TemplateSet, decoder: Decoder = "midpoint", *, padding: int = 0) -> None:
+    def __init__(
+        self, templates: TemplateSet, decoder: Decoder = "midpoint", *, padding: int = 0, layers: Layers = "both"
+    ) -> None:
         self.bits = templates.layout.bits
         self.matcher = BitPlaneMatcher(templates)
         self._sparse = SparseMatcher(templates)
-        self._table = _DecodingTable(TemplatePredictor(templates, padding), decoder, self.matcher)
+        self._table = _DecodingTable(TemplatePredictor(templates, padding, layers=layers), decoder, self.matcher)
         self._lookups: dict[bool | None, _MarginLookup] = {}
         self.states_at_once = self.matcher.columns * LANES
 

@@ -3,8 +3,9 @@
 Gates at the training inputs lose what they push through zero, and training makes up for it: the ensemble behaves as
 if its labels were shifted by b, of order √(k/n). Beside that, each network has a kernel of its own, which adds a
 variance of order 1/n. Both hold for X = I_k and training by the whitened loss in steps of about size 1
-(`ntk_ensembles.ensemble.descent`). They are an asymptotic estimate, not a bound: trust them while `movement` is
-well below 1, in practice for n/k ≥ 10.
+(`ntk_ensembles.ensemble.descent`). Where the readout alone is trained no gate moves: there is no such shift, whatever
+the loss, and only the kernel's fluctuation is left (docs/theory.md, section 11). All this is an asymptotic estimate,
+not a bound, for widths from `FiniteWidth.trusted_from` on.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
+from torch.nn import functional
 
-from ntk_ensembles.errors import OptionError
+from ntk_ensembles.errors import OptionError, check_choice
 from ntk_ensembles.theory.decoding import LimitPrediction, Prediction
-from ntk_ensembles.theory.kernels import NNGP_DIAGONAL, NTK_DIAGONAL, ORTHOGONAL, kappa1
+from ntk_ensembles.theory.kernels import NNGP_DIAGONAL, ORTHOGONAL, Layers, kappa1
 from ntk_ensembles.theory.predictor import TemplatePredictor
 
 Labels = Literal["plain", "corrected"]
@@ -29,12 +31,36 @@ approaches that of infinite width (docs/theory.md, equation (42))."""
 LABELS: tuple[Labels, ...] = get_args(Labels)
 """All labels, the default first."""
 
-_GAP = NTK_DIAGONAL - ORTHOGONAL
-
 _ITERATIONS = 100
 """Enough for the corrected labels wherever the expansion means anything; each one gains a factor √(k/n) or better."""
 
 _UNITS_AT_ONCE = 512
+
+MOVEMENT_MAX = 0.6
+"""Largest `FiniteWidth.movement` at which predictions are shown, about that of n = 5k for the tasks here.
+
+Measured on addition of 10 bits (k = 40, 512 members) the predicted RMS deviation of N = 4 over the measured one was
+1.04, 1.07, 1.10, 1.13 and 1.17 at n/k = 40, 20, 10, 7 and 5 for Gaussian members, and 0.99, 0.99, 0.99, 1.01 and 1.04
+for antisymmetric ones. Below that the bias is predicted more than twice too large: at n/k = 3 by 2.6, at 2 by 3.2.
+"""
+
+_UNITS_PER_TEMPLATE = 3
+"""Independent hidden units per template from which predictions are shown where the readout alone is trained."""
+
+
+def check_labels(labels: Labels, layers: Layers) -> None:
+    """Check that labels can be corrected, if they are to be.
+
+    Args:
+        labels: What members are trained on.
+        layers: Which layers are trained.
+
+    Raises:
+        OptionError: An unknown word, or corrected labels where there is no bias to correct.
+    """
+    check_choice("labels", labels, LABELS)
+    if labels == "corrected" and layers == "readout":
+        raise OptionError("labels", labels, "plain where the readout alone is trained, whose mean has no such bias")
 
 
 @dataclass(frozen=True)
@@ -52,8 +78,8 @@ class FiniteWidth:
     """The bias of the mean and the variance that members of a finite width have beside the limit.
 
     Args:
-        predictor: The infinite-width theory of the templates: padding included, ``antisymmetric`` for members of
-            antisymmetric initialisation.
+        predictor: The infinite-width theory of the templates: padding and layers included, ``antisymmetric`` for
+            members of antisymmetric initialisation.
         width: n, the number of hidden units, at least 1.
         corrected: Whether members are trained on the labels less their shift (docs/theory.md, equation
             (42)), so that the ensemble's mean approaches that of infinite width; False by default.
@@ -61,26 +87,28 @@ class FiniteWidth:
     Attributes:
         labels: What members are trained on: Y, or Y − b, shape (templates, bits), float64; padding in the last rows.
         shift: b (docs/theory.md, equation (39)): the ensemble's mean is that of infinite width for
-            ``labels + shift``; shape (templates, bits), float64.
+            ``labels + shift``; shape (templates, bits), float64. 0 where the readout alone is trained.
         predictor: As given.
         width: As given.
         trained: Training labels less Y: 0, or −b; shape (templates, bits), float64.
         moved: What the ensemble's mean is that of infinite width for, less Y: b, or 0; of the same shape.
         movement: √(k/n)·|r_i|, root mean square over templates: the share of its own scale by which a hidden weight
-            moves in training. The expansion is in powers of it.
+            moves in training; the expansion is in powers of it. 0 where the readout alone is trained.
+        trusted_from: The width below which the expansion should not be used.
 
     Raises:
-        OptionError: The width is less than 1, or so small that no labels can be corrected.
+        OptionError: The width is less than 1, or so small that no labels can be corrected; or labels are to be
+            corrected that have no shift.
     """
 
     def __init__(self, predictor: TemplatePredictor, width: int, *, corrected: bool = False) -> None:
         if width < 1:
             raise OptionError("width", width, "an integer of at least 1")
+        check_labels("corrected" if corrected else "plain", predictor.kernel.layers)
         self.predictor = predictor
         self.width = width
-        labels = predictor.templates.labels.to(torch.float64)
-        padding = labels.new_zeros(predictor.size - len(labels), labels.shape[1])
-        wanted = torch.cat([labels, padding])
+        self._gap = predictor.kernel.gap
+        wanted = predictor.labels
         self.labels = wanted
         self.shift = self._shift(wanted)
         if corrected:
@@ -90,13 +118,33 @@ class FiniteWidth:
                 if bool((self.labels - before).abs().max() < 1e-14):
                     break
             else:
-                raise OptionError("width", width, f"more: the shift of {len(labels)} templates' labels does not settle")
+                raise OptionError("width", width, f"more: the shift of {len(wanted)} templates' labels does not settle")
         self.trained = self.labels - wanted
         self.moved = self.trained + self.shift
         if bool((self.moved.abs() <= 1e-13).all()):
             self.moved = torch.zeros_like(self.moved)
-        lengths = self._lengths(_through_inverse(self.labels))
-        self.movement = math.sqrt(predictor.size / width) * float(lengths.square().mean().sqrt())
+        if predictor.kernel.layers == "readout":
+            self.movement = 0.0
+            self.trusted_from = math.ceil(_UNITS_PER_TEMPLATE * predictor.size * width / self._independent)
+        else:
+            lengths = self._lengths(self._through_inverse(self.labels))
+            self.movement = math.sqrt(predictor.size / width) * float(lengths.square().mean().sqrt())
+            # Movement is of order √(k/n), and of plain labels exactly that.
+            self.trusted_from = math.ceil(width * (self.movement / MOVEMENT_MAX) ** 2)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the width is at least `trusted_from`."""
+        return self.width >= self.trusted_from
+
+    @property
+    def _independent(self) -> float:
+        """Number of hidden units that are drawn independently."""
+        return self.width / (2 if self.predictor.antisymmetric else 1)
+
+    def _through_inverse(self, labels: Tensor) -> Tensor:
+        """Return r for these labels, (kΘ(X, X))⁻¹Y for X = I_k (docs/theory.md, equation (36))."""
+        return (labels - ORTHOGONAL / (self._gap + ORTHOGONAL * len(labels)) * labels.sum(0)) / self._gap
 
     def _noise(self) -> tuple[float, float]:
         """Return own and shared of r's covariance over initialisations, own·I + shared·11ᵀ (docs/theory.md, (41))."""
@@ -104,8 +152,8 @@ class FiniteWidth:
             return 0.0, 0.0
         size = self.predictor.size
         # On the all-ones vector the inverse kernel is 1/(d − c + ck), elsewhere 1/(d − c).
-        own = (NNGP_DIAGONAL - ORTHOGONAL) / (size * _GAP**2)
-        total = (NNGP_DIAGONAL - ORTHOGONAL + ORTHOGONAL * size) / (size * (_GAP + ORTHOGONAL * size) ** 2)
+        own = (NNGP_DIAGONAL - ORTHOGONAL) / (size * self._gap**2)
+        total = (NNGP_DIAGONAL - ORTHOGONAL + ORTHOGONAL * size) / (size * (self._gap + ORTHOGONAL * size) ** 2)
         return own, (total - own) / size
 
     def _lengths(self, seen: Tensor) -> Tensor:
@@ -113,12 +161,13 @@ class FiniteWidth:
         return (seen.square().sum(1, keepdim=True) + seen.shape[1] * sum(self._noise())).sqrt()
 
     def _shift(self, labels: Tensor) -> Tensor:
-        seen = _through_inverse(labels)
+        if self.predictor.kernel.layers == "readout":
+            return torch.zeros_like(labels)
+        seen = self._through_inverse(labels)
         return math.sqrt(self.predictor.size / self.width) / (2 * math.pi) * self._lengths(seen) * seen
 
     def _padded(self, matches: Tensor) -> Tensor:
-        hot = matches.to(torch.float64)
-        return torch.cat([hot, hot.new_zeros(len(hot), self.predictor.size - hot.shape[1])], 1)
+        return functional.pad(matches.to(torch.float64), (0, self.predictor.padding))
 
     def bias(self, matches: Bool[Tensor, "states templates"]) -> Float64[Tensor, "states bits"]:
         """Compute by how much the ensemble's mean differs from that of infinite width.
@@ -145,8 +194,9 @@ class FiniteWidth:
         """Estimate the variance of one member's outputs at this width.
 
         That is the variance of infinite width, what the gates take from the initial function's part of it, and the
-        expectation over one hidden unit (docs/theory.md, equations (44) to (46)). Of the unit only the hidden
-        weights are drawn, with ``generator``; the average over its readout is exact.
+        expectation over one hidden unit (docs/theory.md, equations (44) to (46); (49) where the readout alone is
+        trained). Of the unit only the hidden weights are drawn, with ``generator``; the average over its readout is
+        exact.
 
         Args:
             matches: Which templates match each state, as from `TemplateSet.matches`, shape (states, templates).
@@ -162,14 +212,15 @@ class FiniteWidth:
         """
         if units < 2:
             raise OptionError("units", units, "an integer of at least 2")
-        seen = _through_inverse(self.labels)
+        seen = self._through_inverse(self.labels)
+        independent = self._independent
         shape = (len(matches), seen.shape[1])
         total, squares = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         done = 0
         while done < units:
             count = min(_UNITS_AT_ONCE, units - done)
             drawn = torch.randn(count, len(seen), generator=generator)
-            block = _Units(drawn, seen.to(drawn.dtype), self._noise())
+            block = self._units(drawn, seen.to(drawn.dtype))
             for state, row in enumerate(matches):
                 if int(row.sum()) > 1:
                     weights = [float(weight) for weight in self.predictor.weights(row.sum()[None])]
@@ -179,17 +230,22 @@ class FiniteWidth:
             done += count
         mean = total / units
         error = ((squares / units - mean.square()).clamp_min(0) / (units - 1)).sqrt()
-        independent = self.width / 2 if self.predictor.antisymmetric else self.width
         infinite = self.predictor.variance(matches.sum(1))[:, None] + self._gates(matches, seen)
         return VarianceEstimate(infinite + mean / independent, error / independent)
 
+    def _units(self, hidden: Tensor, seen: Tensor) -> _Units | _ReadoutUnits:
+        if self.predictor.kernel.layers == "both":
+            return _Units(hidden, seen, self._noise())
+        inflation = self._independent / max(self._independent - self.predictor.size - 1, 1)
+        return _ReadoutUnits(hidden, seen, self.labels.to(hidden.dtype), self._noise(), inflation)
+
     def _gates(self, matches: Tensor, seen: Tensor) -> Tensor:
         """Return what the gates do to the initial function (docs/theory.md, equation (45))."""
-        if self.predictor.antisymmetric:
+        if self.predictor.antisymmetric or self.predictor.kernel.layers == "readout":
             return seen.new_zeros(len(matches), seen.shape[1])
         size = self.predictor.size
         lengths = self._lengths(seen)
-        scale = math.sqrt(size / self.width) / (2 * math.pi * _GAP)
+        scale = math.sqrt(size / self.width) / (2 * math.pi * self._gap)
         share = scale * (lengths + seen.square() / lengths)
         matched = matches.sum(1)
         on, off = (weight[:, None] for weight in self.predictor.weights(matched))
@@ -197,7 +253,7 @@ class FiniteWidth:
         total = matched[:, None] * (on - off) + size * off
         own = NNGP_DIAGONAL - ORTHOGONAL
         summed = own * total + ORTHOGONAL * size * (total - 1) - matched[:, None] * excess
-        everywhere = ORTHOGONAL * (total - 1) - ORTHOGONAL / (_GAP + ORTHOGONAL * size) * summed
+        everywhere = ORTHOGONAL * (total - 1) - ORTHOGONAL / (self._gap + ORTHOGONAL * size) * summed
         inside = self._padded(matches) @ share
         outside = share.sum(0) - inside
         change = inside * on * (own * on + everywhere - excess) + outside * off * (own * off + everywhere)
@@ -205,7 +261,13 @@ class FiniteWidth:
 
 
 class _Units:
-    """Hidden weights of some units, and what of equation (43) is the same for every state."""
+    """Hidden weights of some units, and what of equation (43) is the same for every state.
+
+    Args:
+        hidden: The weights, shape (units, templates).
+        seen: r.
+        noise: Its covariance over initialisations, as own and shared.
+    """
 
     def __init__(self, hidden: Tensor, seen: Tensor, noise: tuple[float, float]) -> None:
         self._hidden, self._seen, self._noise = hidden, seen, noise
@@ -225,14 +287,13 @@ class _Units:
         contrast = on - off
         hidden = self._hidden.index_select(1, at)
         values, active = hidden.relu(), (hidden > 0).to(hidden.dtype)
-        argument = hidden.sum(1) / math.sqrt(len(at))
-        gap = argument.relu() - contrast * values.sum(1) - off * self._sum
+        argument, gap = _gap(hidden, values, self._sum, on, off)
+        own, shared = self._noise
         # x_i·1[w·x > 0] − v_i is this much above −w_u on the matching templates.
         inside = (argument > 0).to(values.dtype) / math.sqrt(len(at)) - contrast
         moved = inside[:, None] * (active @ self._seen.index_select(0, at)) - off * self._gated
         result = (gap[:, None] * self._features + moved).square() + moved.square()
         result += moved.square().sum(1, keepdim=True)
-        own, shared = self._noise
         if own:
             # r varies too, with this covariance between templates, independently from bit to bit. The two quadratic
             # forms need the squares and the sums of g_i = (x_i·1[w·x > 0] − v_i)·1[w_i > 0] and of G·relu(w_i) + g_i.
@@ -247,18 +308,53 @@ class _Units:
         return result
 
 
-def _through_inverse(labels: Tensor) -> Tensor:
-    """(kΘ(X, X))⁻¹Y for X = I_k (docs/theory.md, equation (36))."""
-    return (labels - ORTHOGONAL / (_GAP + ORTHOGONAL * len(labels)) * labels.sum(0)) / _GAP
+class _ReadoutUnits:
+    """Hidden weights of some units, and what of equation (49) is the same for every state.
+
+    Args:
+        hidden: The weights, shape (units, templates).
+        seen: r.
+        labels: Y.
+        noise: Covariance of r over initialisations, as own and shared.
+        inflation: n/(n − k − 1).
+    """
+
+    def __init__(
+        self, hidden: Tensor, seen: Tensor, labels: Tensor, noise: tuple[float, float], inflation: float
+    ) -> None:
+        self._hidden = hidden
+        values = hidden.relu()
+        self._sum = values.sum(1)
+        own, shared = noise
+        taken = own * values.square().sum(1) + shared * self._sum.square()
+        # The expectation of each factor is known, and only how they vary together is left to the draw.
+        expected, taken_expected = (seen * labels).sum(0), 1.0 if own else 0.0
+        self._expected = inflation * expected - taken_expected
+        self._centred = inflation * ((values @ seen).square() - expected) - (taken - taken_expected)[:, None]
+
+    def squares(self, at: Tensor, on: float, off: float) -> Tensor:
+        """Return what equation (49) averages over units, for each: (units, bits); the arguments are as of `_Units`."""
+        hidden = self._hidden.index_select(1, at)
+        _, gap = _gap(hidden, hidden.relu(), self._sum, on, off)
+        matched, others = len(at), self._hidden.shape[1] - len(at)
+        covered = matched * on * float(kappa1(torch.tensor(matched**-0.5, dtype=torch.float64)))
+        expected = NNGP_DIAGONAL - covered - others * off * ORTHOGONAL
+        return (gap.square() - expected)[:, None] * self._centred + expected * self._expected
 
 
-MOVEMENT_MAX = 0.6
-"""Largest `FiniteWidth.movement` at which predictions are shown, about that of n = 5k for the tasks here.
+def _gap(hidden: Tensor, values: Tensor, total: Tensor, on: float, off: float) -> tuple[Tensor, Tensor]:
+    """Return w·x and G of equation (43), (units,) each.
 
-Measured on addition of 10 bits (k = 40, 512 members) the predicted RMS deviation of N = 4 over the measured one was
-1.04, 1.07, 1.10, 1.13 and 1.17 at n/k = 40, 20, 10, 7 and 5 for Gaussian members, and 0.99, 0.99, 0.99, 1.01 and 1.04
-for antisymmetric ones. Below that the bias is predicted more than twice too large: at n/k = 3 by 2.6, at 2 by 3.2.
-"""
+    Args:
+        hidden: w at the matching templates, (units, matches).
+        values: relu(w) there.
+        total: Σ_i relu(w_i) over all templates, (units,).
+        on: w_m.
+        off: w_u.
+    """
+    argument = hidden.sum(1) / math.sqrt(hidden.shape[1])
+    return argument, argument.relu() - (on - off) * values.sum(1) - off * total
+
 
 _STATES_MAX = 1024
 _UNITS = 256

@@ -1,17 +1,27 @@
 """Kernels of the infinitely wide two-layer ReLU network (docs/theory.md, section 4).
 
 The network is f(x) = W2·relu(W1·x/√k)/√n with W1 ∈ R^{n×k}, W2 ∈ R^{m×n}, entries i.i.d. N(0, 1), no
-biases, both layers trained; k is the input's dimension. As n → ∞ its outputs at initialisation are
-Gaussian with the NNGP kernel K, and training moves them along the neural tangent kernel Θ.
+biases; k is the input's dimension. As n → ∞ its outputs at initialisation are Gaussian with the NNGP kernel K.
+Training moves them along a kernel too: the neural tangent kernel Θ if both layers are trained, K if the readout is.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
+
+from ntk_ensembles.errors import check_choice
+
+Layers = Literal["both", "readout"]
+"""Which layers are trained. ``both``: W1 and W2. ``readout``: W2 alone, while W1 stays as it was drawn."""
+
+LAYERS: tuple[Layers, ...] = get_args(Layers)
+"""All choices of layers, the default first."""
 
 NTK_DIAGONAL = 1.0
 """Value d = κ1(1) + κ0(1) of kΘ for a unit vector with itself."""
@@ -120,36 +130,62 @@ def ntk(x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]) -
     return scale * _profile(cosine, sine)
 
 
-def ntk_cholesky(inputs: Float64[Tensor, "templates features"]) -> Float64[Tensor, "templates templates"]:
-    """Factor Θ(X, X) by Cholesky's method.
+@dataclass(frozen=True)
+class TrainingKernel:
+    """The kernel along which training moves outputs, Θ or K, with its constants (docs/theory.md, equation (47)).
 
-    Args:
-        inputs: X, one training input a row, shape (templates, features).
-
-    Returns:
-        The lower triangular L with LLᵀ = Θ(X, X), shape (templates, templates), float64.
-
-    Raises:
-        ValueError: Θ(X, X) is singular in double precision: a zero row, or a row parallel to an
-            earlier one (Θ is homogeneous in the norm, so scaling does not tell inputs apart).
+    Attributes:
+        layers: Which layers are trained.
     """
-    return _cholesky(inputs, ntk(inputs, inputs), "Θ")
 
+    layers: Layers = "both"
 
-def nngp_cholesky(inputs: Float64[Tensor, "templates features"]) -> Float64[Tensor, "templates templates"]:
-    """Factor K(X, X) by Cholesky's method.
+    def __post_init__(self) -> None:
+        """Check the word.
 
-    Args:
-        inputs: X, one training input a row, shape (templates, features).
+        Raises:
+            OptionError: ``layers`` is none of `LAYERS`.
+        """
+        check_choice("layers", self.layers, LAYERS)
 
-    Returns:
-        The lower triangular L with LLᵀ = K(X, X), shape (templates, templates), float64.
+    @property
+    def diagonal(self) -> float:
+        """Value d of k times the kernel for a unit vector with itself."""
+        return NTK_DIAGONAL if self.layers == "both" else NNGP_DIAGONAL
 
-    Raises:
-        ValueError: K(X, X) is singular in double precision: a zero row, or a row parallel to an
-            earlier one.
-    """
-    return _cholesky(inputs, nngp(inputs, inputs), "K")
+    @property
+    def gap(self) -> float:
+        """Return d − c: k times the eigenvalue of the kernel on X = I_k, off the all-ones vector."""
+        return self.diagonal - ORTHOGONAL
+
+    def profile(self, cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return k times the kernel of two unit vectors: a(ρ) = κ1(ρ) + ρκ0(ρ), or κ1(ρ) for the readout.
+
+        Args:
+            cosine: Cosine ρ from −1 to 1; values outside (by rounding) count as the nearest end.
+        """
+        return ntk_profile(cosine) if self.layers == "both" else kappa1(cosine)
+
+    def __call__(
+        self, x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]
+    ) -> Float[Tensor, "left right"]:
+        """Return `ntk`, or `nngp` for the readout, between all pairs of rows."""
+        return ntk(x, y) if self.layers == "both" else nngp(x, y)
+
+    def cholesky(self, inputs: Float64[Tensor, "templates features"]) -> Float64[Tensor, "templates templates"]:
+        """Factor the kernel's matrix on training inputs by Cholesky's method.
+
+        Args:
+            inputs: X, one training input a row, shape (templates, features).
+
+        Returns:
+            The lower triangular L with LLᵀ = Θ(X, X), or K(X, X); shape (templates, templates), float64.
+
+        Raises:
+            ValueError: The matrix is singular in double precision: a zero row, or a row parallel to an earlier one
+                (either kernel is homogeneous in the norm, so scaling does not tell inputs apart).
+        """
+        return _cholesky(inputs, self(inputs, inputs), "Θ" if self.layers == "both" else "K")
 
 
 def parallel_rows(inputs: Float[Tensor, "rows features"], sine_max: float) -> tuple[int, int] | None:
@@ -194,47 +230,55 @@ def _why_singular(inputs: Tensor, row: int) -> str:
 class InverseKernel:
     """Θ(X, X)⁻¹, applied on the right of residuals: R ↦ R·Θ(X, X)⁻¹ (docs/theory.md, section 8).
 
-    Build it with `for_one_hot` or `from_inputs`.
+    Where the readout alone is trained, K(X, X)⁻¹ in its place. Build it with `for_one_hot` or `from_inputs`.
 
     Attributes:
-        eigenvalue_bounds: Smallest and largest eigenvalue of Θ(X, X).
+        eigenvalue_bounds: Smallest and largest eigenvalue of the kernel's matrix.
     """
 
-    def __init__(self, templates: int, inverse: Tensor | None, eigenvalue_bounds: tuple[float, float]) -> None:
+    def __init__(
+        self, templates: int, kernel: TrainingKernel, inverse: Tensor | None, eigenvalue_bounds: tuple[float, float]
+    ) -> None:
         self._templates = templates
+        self._kernel = kernel
         self._inverse = inverse
         self.eigenvalue_bounds = eigenvalue_bounds
 
     @classmethod
-    def for_one_hot(cls, templates: int) -> InverseKernel:
+    def for_one_hot(cls, templates: int, layers: Layers = "both") -> InverseKernel:
         """Make the inverse for X = I_k, in closed form: nothing is factored or stored.
 
         Args:
             templates: Number of training inputs k, at least 1.
+            layers: Which layers are trained, one of `LAYERS`; "both" by default.
 
         Raises:
             ValueError: There is no template.
         """
         if templates < 1:
             raise ValueError(f"got {templates} templates; the kernel needs at least 1")
-        smallest = (NTK_DIAGONAL - ORTHOGONAL) / templates
+        kernel = TrainingKernel(layers)
+        smallest = kernel.gap / templates
         # One template leaves only the all-ones direction.
         largest = smallest + ORTHOGONAL
-        return cls(templates, None, (largest if templates == 1 else smallest, largest))
+        return cls(templates, kernel, None, (largest if templates == 1 else smallest, largest))
 
     @classmethod
-    def from_inputs(cls, inputs: Float64[Tensor, "templates features"]) -> InverseKernel:
+    def from_inputs(cls, inputs: Float64[Tensor, "templates features"], layers: Layers = "both") -> InverseKernel:
         """Make the inverse for any X by a float64 Cholesky factorisation: O(k³) time, once, and k² numbers kept.
 
         Args:
             inputs: Training inputs X, one a row.
+            layers: Which layers are trained, one of `LAYERS`; "both" by default.
 
         Raises:
-            ValueError: Θ(X, X) is singular (a zero row, parallel rows).
+            ValueError: The kernel's matrix is singular (a zero row, parallel rows).
         """
-        factor = ntk_cholesky(inputs)
+        kernel = TrainingKernel(layers)
+        factor = kernel.cholesky(inputs)
         eigenvalues = torch.linalg.eigvalsh(factor @ factor.T)
-        return cls(len(inputs), torch.cholesky_inverse(factor), (float(eigenvalues[0]), float(eigenvalues[-1])))
+        bounds = float(eigenvalues[0]), float(eigenvalues[-1])
+        return cls(len(inputs), kernel, torch.cholesky_inverse(factor), bounds)
 
     def __call__(self, residual: Float[Tensor, "*batch templates"]) -> Float[Tensor, "*batch templates"]:
         """Return R·Θ(X, X)⁻¹, in the dtype and on the device of ``residual``.
@@ -248,9 +292,9 @@ class InverseKernel:
             ValueError: The last axis does not have length k.
         """
         if residual.shape[-1] != self._templates:
-            raise ValueError(f"got residuals on {residual.shape[-1]} training inputs; Θ(X, X) has {self._templates}")
+            raise ValueError(f"got residuals on {residual.shape[-1]} training inputs; the kernel has {self._templates}")
         if self._inverse is not None:
             return residual @ self._inverse.to(residual)
-        gap = NTK_DIAGONAL - ORTHOGONAL
+        gap = self._kernel.gap
         shared = ORTHOGONAL / (gap + ORTHOGONAL * self._templates)
         return self._templates / gap * (residual - shared * residual.sum(-1, keepdim=True))

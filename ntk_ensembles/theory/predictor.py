@@ -1,7 +1,7 @@
 """Mean and variance of the trained infinitely wide ensemble (docs/theory.md, sections 5 and 6).
 
 Trained to convergence on (X, Y), the network's outputs at inputs x are Gaussian over initialisations,
-independent from bit to bit. With v(x) = Θ(X, X)⁻¹Θ(X, x),
+independent from bit to bit. With v(x) = Θ(X, X)⁻¹Θ(X, x), and K in place of Θ where the readout alone is trained,
 
     mean(x)    = v(x)ᵀY
     cov(x, x') = K(x, x') + v(x)ᵀK(X, X)v(x') − v(x)ᵀK(X, x') − K(x, X)v(x').
@@ -12,26 +12,28 @@ independent from bit to bit. With v(x) = Θ(X, X)⁻¹Θ(X, x),
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
+from torch.nn import functional
 
-from ntk_ensembles.errors import check_choice
+from ntk_ensembles.errors import check_range
 from ntk_ensembles.templates import TemplateSet
 from ntk_ensembles.theory.kernels import (
     NNGP_DIAGONAL,
-    NTK_DIAGONAL,
     ORTHOGONAL,
+    Layers,
+    TrainingKernel,
     kappa1,
     nngp,
-    nngp_cholesky,
-    ntk,
-    ntk_cholesky,
-    ntk_profile,
     parallel_rows,
 )
+
+PADDING_MAX = 1 << 24
+"""Padding templates that a predictor has at most."""
 
 
 @dataclass(frozen=True)
@@ -65,31 +67,37 @@ class TemplatePredictor:
     Args:
         templates: Templates of the task: X = I_k, Y = their labels.
         padding: Number of padding templates: they set no bit and match no state, but count towards k. The paper adds
-            them to make the sign decoder exact.
+            them to make the sign decoder exact; 0 to 16777216.
+        layers: Which layers are trained: "both", or "readout" alone, whose kernel is K.
         antisymmetric: Members start at exactly 0 (antisymmetric initialisation). Their initial outputs are all that
             varies from member to member at infinite width, so every variance is 0; the mean is the same.
 
     Attributes:
         templates: Templates of the task, without the padding.
+        padding: As given.
         size: Size k of the training set, with the padding.
         fan_in: F_j, the number of templates that set bit j.
+        kernel: The kernel along which training moves outputs.
         antisymmetric: As given.
 
     Raises:
-        ValueError: The padding is negative.
+        OptionError: The padding is outside its range, or ``layers`` unknown.
     """
 
-    def __init__(self, templates: TemplateSet, padding: int = 0, *, antisymmetric: bool = False) -> None:
-        if padding < 0:
-            raise ValueError(f"padding {padding}: expected at least 0")
+    def __init__(
+        self, templates: TemplateSet, padding: int = 0, *, layers: Layers = "both", antisymmetric: bool = False
+    ) -> None:
+        check_range("padding", padding, 0, PADDING_MAX)
         self.templates = templates
+        self.padding = padding
+        self.kernel = TrainingKernel(layers)
         self.antisymmetric = antisymmetric
         self.size = len(templates) + padding
         self.fan_in = templates.fan_in
         num_matches = torch.arange(self.size + 1, dtype=torch.float64)
         cosine = num_matches.clamp_min(1).rsqrt()
-        gap = NTK_DIAGONAL - ORTHOGONAL
-        excess = ntk_profile(cosine) - ORTHOGONAL
+        gap = self.kernel.gap
+        excess = self.kernel.profile(cosine) - ORTHOGONAL
         # 1 − T/(d − c + ck) over one denominator: no cancellation for large k, and exactly 0 at s = 1.
         unmatched_weight = ORTHOGONAL * (gap - num_matches * excess) / (gap + ORTHOGONAL * self.size) / gap
         # Nothing matches the zero input, and a network without biases is 0 there.
@@ -123,6 +131,19 @@ class TemplatePredictor:
         # A single matched template is a training point, which every member interpolates; and a network
         # without biases is constantly 0 at the zero input.
         return covariance.where((left > 1) & (right > 1), 0.0)
+
+    @cached_property
+    def labels(self) -> Float64[Tensor, "templates bits"]:
+        """Labels Y of the whole training set, those of padding (zeros) in the last rows; shape (size, bits)."""
+        return functional.pad(self.templates.labels.to(torch.float64), (0, 0, 0, self.padding))
+
+    def encode(self, matches: Bool[Tensor, "states templates"]) -> Float64[Tensor, "states size"]:
+        """Return the networks' inputs, as `TemplateSet.encode`, with zeros for the padding in the last columns.
+
+        Args:
+            matches: Matching templates, as from `TemplateSet.matches`.
+        """
+        return functional.pad(self.templates.encode(matches), (0, self.padding))
 
     def weights(
         self, num_matches: Int[Tensor, " states"]
@@ -192,13 +213,6 @@ class TemplatePredictor:
         return (covariance + covariance.T) / 2
 
 
-Kernel = Literal["ntk", "nngp"]
-"""What training moves. ``ntk``: all weights (kernel Θ). ``nngp``: the readout alone (kernel K), which is
-also the Bayesian posterior of the untrained network as a Gaussian process."""
-
-KERNELS: tuple[Kernel, ...] = get_args(Kernel)
-"""All kernels, the default first."""
-
 _FLOAT32_SINE = 5e-7
 """Two float32 rows at an angle with a smaller sine may have been parallel before they were rounded."""
 
@@ -207,19 +221,19 @@ def posterior(
     inputs: Float[Tensor, "templates features"],
     labels: Float[Tensor, "templates bits"],
     test_inputs: Float[Tensor, "inputs features"],
-    kernel: Kernel = "ntk",
+    layers: Layers = "both",
 ) -> Posterior:
     """Predict mean and covariance after training on any inputs, by Cholesky factorisation.
 
-    ``"ntk"`` is the infinitely wide network of which all weights were trained to convergence
-    (docs/theory.md, equations (16) and (20)). ``"nngp"`` is Bayesian inference with the untrained
-    network as the prior and noise-free labels (docs/theory.md, equation (21)):
+    ``"both"`` is the infinitely wide network of which all weights were trained to convergence
+    (docs/theory.md, equations (16) and (20)). ``"readout"`` is that of which only the Gaussian readout
+    was: with K in place of Θ equation (20) becomes (21),
 
-        mean(x) = K(x, X)K(X, X)⁻¹Y,    cov(x, x') = K(x, x') − K(x, X)K(X, X)⁻¹K(X, x').
+        mean(x) = K(x, X)K(X, X)⁻¹Y,    cov(x, x') = K(x, x') − K(x, X)K(X, X)⁻¹K(X, x'),
 
-    For a Gaussian readout at the start that is, mean and covariance alike, also the distribution of
-    networks of which only the readout was trained: with K in place of Θ equation (20) becomes (21).
-    From antisymmetric initialisation either kernel has the same mean, and at infinite width covariance 0.
+    which is, mean and covariance alike, also the NNGP posterior: Bayesian inference with the untrained
+    network as the prior and noise-free labels. From antisymmetric initialisation the mean is the same
+    for either, and at infinite width the covariance 0.
 
     Everything is computed in float64. float32 arguments are converted; that does not bring back what
     rounding to float32 took from them.
@@ -228,28 +242,27 @@ def posterior(
         inputs: X, one training input a row, shape (templates, features); no zero and no parallel rows.
         labels: Y, the target of each, shape (templates, bits).
         test_inputs: Where to predict, shape (inputs, features); zero rows are predicted 0 with variance 0.
-        kernel: One of `KERNELS`; ``"ntk"`` by default.
+        layers: Which layers are trained, one of `LAYERS`; ``"both"`` by default.
 
     Returns:
         The mean, shape (inputs, bits), and the covariance between inputs, shape (inputs, inputs), the
         same for every bit; both float64. Costs O(k³) time for k training inputs.
 
     Raises:
-        OptionError: The kernel is none of `KERNELS`.
+        OptionError: ``layers`` is none of `LAYERS`.
         ValueError: Shapes do not fit together, or the kernel's matrix is singular (a zero row, parallel
             rows; of float32 rows also those that are parallel up to rounding).
     """
-    check_choice("kernel", kernel, KERNELS)
+    kernel = TrainingKernel(layers)
     _check_shapes(inputs, labels, test_inputs)
     if inputs.dtype != torch.float64 and (pair := parallel_rows(inputs.to(torch.float64), _FLOAT32_SINE)):
         raise ValueError(f"rows {pair[0]} and {pair[1]} of the inputs are parallel up to rounding; keep one of them")
     x, y, new = (value.to(torch.float64) for value in (inputs, labels, test_inputs))
-    if kernel == "nngp":
-        solution = torch.cholesky_solve(nngp(x, new), nngp_cholesky(x))
-        covariance = nngp(new, new) - solution.T @ nngp(x, new)
+    solution = torch.cholesky_solve(kernel(x, new), kernel.cholesky(x))
+    cross = solution.T @ nngp(x, new)
+    if layers == "readout":
+        covariance = nngp(new, new) - cross
     else:
-        solution = torch.cholesky_solve(ntk(x, new), ntk_cholesky(x))
-        cross = solution.T @ nngp(x, new)
         covariance = nngp(new, new) + solution.T @ nngp(x, x) @ solution - cross - cross.T
     # Symmetric but for rounding; now to the bit.
     return Posterior(solution.T @ y, (covariance + covariance.T) / 2)

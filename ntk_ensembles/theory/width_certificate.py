@@ -23,7 +23,8 @@ from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.templates import Bound, MatchBounds
 from ntk_ensembles.theory.certificate import Certificate, members_for_margins, scopes_of
 from ntk_ensembles.theory.decoding import DECODERS, TIE, Decoder, LimitPrediction, margin_table
-from ntk_ensembles.theory.finite_width import MOVEMENT_MAX, FiniteWidth, Labels, WidthPrediction
+from ntk_ensembles.theory.finite_width import FiniteWidth, Labels, WidthPrediction
+from ntk_ensembles.theory.kernels import Layers
 from ntk_ensembles.theory.predictor import TemplatePredictor
 
 _RANDOM_STATES = 64
@@ -158,6 +159,8 @@ def certify_width(
     *,
     antisymmetric: bool = False,
     labels: Labels = "plain",
+    layers: Layers = "both",
+    padding: int = 0,
     decoders: Sequence[Decoder] = DECODERS,
     delta: float = 1e-6,
     evaluation_states: int = 1000,
@@ -170,6 +173,8 @@ def certify_width(
         width: n, the hidden units of each member, at least 1.
         antisymmetric: Whether members start at exactly 0; False by default.
         labels: What members are trained on; one of `LABELS`.
+        layers: Which layers are trained; one of `LAYERS`.
+        padding: Number of padding templates, as in `TemplatePredictor`.
         decoders: Decoders to certify.
         delta: Chance δ of any wrong bit that the members needed must stay below, between 0 and 1.
         evaluation_states: Number of evaluation states to sample, at least 1.
@@ -179,10 +184,10 @@ def certify_width(
         ValueError: An argument is outside its range.
         RuntimeError: The solver failed.
     """
-    predictor = TemplatePredictor(task.templates, antisymmetric=antisymmetric)
+    predictor = TemplatePredictor(task.templates, padding, layers=layers, antisymmetric=antisymmetric)
     finite = FiniteWidth(predictor, width, corrected=labels == "corrected")
     evaluation = EvaluationSet.sample(task, evaluation_states, evaluation_seed)
-    prediction = WidthPrediction(LimitPrediction(task, evaluation, antisymmetric), finite)
+    prediction = WidthPrediction(LimitPrediction(task, evaluation, predictor), finite)
     scopes = scopes_of(task, evaluation_seed)
     spread = spread_at_width(finite, states_of_all_densities(task, evaluation))
     rows: dict[str, Any] = {}
@@ -209,21 +214,11 @@ def certify_width(
         "init": "antisymmetric" if antisymmetric else "gaussian",
         "labels": labels,
         "movement": finite.movement,
-        "trusted": finite.movement <= MOVEMENT_MAX,
-        "trusted_from": trusted_width(finite),
+        "trusted": finite.trusted,
+        "trusted_from": finite.trusted_from,
         "decoders": rows,
         "is": _IS,
     }
-
-
-def trusted_width(finite: FiniteWidth) -> int:
-    """Return the width below which the expansion should not be used.
-
-    Args:
-        finite: Theory of any width of the same templates and initialisation.
-    """
-    # Movement is of order √(k/n), and of plain labels exactly that.
-    return math.ceil(finite.width * (finite.movement / MOVEMENT_MAX) ** 2)
 
 
 def states_of_all_densities(task: Task[Any, Any], evaluation: EvaluationSet) -> Bool[Tensor, "states templates"]:

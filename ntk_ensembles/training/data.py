@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, TensorDataset
 
 from ntk_ensembles.tasks import EvaluationSet, Task
-from ntk_ensembles.theory import Decoder, LimitPrediction
+from ntk_ensembles.theory import Decoder, LimitPrediction, TemplatePredictor
 
 _STATES_AT_ONCE = 1024
 
@@ -73,11 +73,14 @@ class TaskData(LightningDataModule):
         evaluation_seed: Seed of their draw.
         labels: What to train on, a row for each template; by default the templates' output bits. The ``labels`` of
             `FiniteWidth` with ``corrected=True`` take away the bias of members of a finite width.
+        predictor: Theory to compare with, of the task's templates, and the padding templates to add to the training
+            set; by default that of modules of which both layers are trained, without padding. For
+            ``EnsembleModule(layers="readout")`` it is a `TemplatePredictor` with the same ``layers``.
 
     Attributes:
         task: What is learned.
         limit: The evaluation states and what infinite width predicts of them.
-        in_features: k, the number of templates.
+        in_features: k, the number of templates, padding included.
         out_features: m, the bits of a state.
 
     Raises:
@@ -91,16 +94,17 @@ class TaskData(LightningDataModule):
         evaluation_states: int = 1000,
         evaluation_seed: int = 0,
         labels: Float[Tensor, "templates bits"] | None = None,
+        predictor: TemplatePredictor | None = None,
     ) -> None:
         super().__init__()
         self.task = task
-        self._labels = task.templates.labels if labels is None else labels
-        self.limit = LimitPrediction(task, EvaluationSet.sample(task, evaluation_states, evaluation_seed))
+        self.limit = LimitPrediction(task, EvaluationSet.sample(task, evaluation_states, evaluation_seed), predictor)
+        self._labels = self.limit.predictor.labels if labels is None else labels
 
     @property
     def in_features(self) -> int:
-        """Number of templates, k."""
-        return len(self.task.templates)
+        """Number of templates k, padding included."""
+        return self.limit.predictor.size
 
     @property
     def out_features(self) -> int:

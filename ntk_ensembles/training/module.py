@@ -25,7 +25,7 @@ from ntk_ensembles.ensemble import (
     predict,
 )
 from ntk_ensembles.ensemble.descent import inverse_kernel_of
-from ntk_ensembles.theory import DECODERS, bit_error_probability, decode, exact_match_probability, margins
+from ntk_ensembles.theory import DECODERS, Layers, bit_error_probability, decode, exact_match_probability, margins
 from ntk_ensembles.training.data import EvaluationBatch
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -53,9 +53,11 @@ class EnsembleModule(LightningModule):
         tolerance: Share of the first squared training error at which a member has converged; `Descent` only.
         steps_max: Steps after which a member is given up; `Descent` only.
         engine: "auto" takes a fast path for one-hot X; "functional" never does; `Descent` only.
+        layers: Which layers are trained: "both", or the "readout" alone, while the hidden layer stays as it was drawn.
         optimizer: To study another rule, pass what makes a PyTorch optimizer from parameters, such as
             ``functools.partial(torch.optim.Adam, lr=1e-3)``. The loss is then the sum over members of ½·tr(R Rᵀ),
-            or of ½·tr(R Θ⁻¹ Rᵀ) for "whitened", which needs all of X in one batch.
+            or of ½·tr(R Θ⁻¹ Rᵀ) for "whitened", which needs all of X in one batch. It is given the parameters of the
+            layers that are trained.
 
     Attributes:
         stack: The members.
@@ -77,14 +79,17 @@ class EnsembleModule(LightningModule):
         tolerance: float = 1e-6,
         steps_max: int = 50,
         engine: EngineChoice = "auto",
+        layers: Layers = "both",
         optimizer: OptimizerFactory | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(members, int):
             members = list(members)  # as plain values, so that a checkpoint loads without executing anything
         self.save_hyperparameters(ignore=["optimizer"])
-        options = DescentOptions(loss, tolerance, steps_max, engine)
+        options = DescentOptions(loss, tolerance, steps_max, engine, layers)
         self.stack = MLPStack(in_features, out_features, width, members, seed=seed, init=init)
+        self.stack.hidden.requires_grad_(layers == "both")
+        self._layers: Layers = layers
         self._make_optimizer = optimizer
         self._loss: Loss = loss
         self._descent = Descent(self.stack, options)
@@ -113,7 +118,9 @@ class EnsembleModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer that was asked for, or the package's rule."""
-        return self._descent if self._make_optimizer is None else self._make_optimizer(self.stack.parameters())
+        if self._make_optimizer is None:
+            return self._descent
+        return self._make_optimizer([weights for weights in self.stack.parameters() if weights.requires_grad])
 
     def setup(self, stage: str) -> None:
         """Refuse trainers that cannot train independent members.
@@ -167,7 +174,7 @@ class EnsembleModule(LightningModule):
     def _training_loss(self, x: Tensor, y: Tensor) -> Tensor:
         residuals = self(x) - y
         self._log_losses(residuals.detach().double().square().mean((1, 2)), None)
-        whitened = residuals if self._loss == "mse" else inverse_kernel_of(x)(residuals.mT).mT
+        whitened = residuals if self._loss == "mse" else inverse_kernel_of(x, self._layers)(residuals.mT).mT
         loss: Tensor = (residuals * whitened).sum() / 2
         return loss
 

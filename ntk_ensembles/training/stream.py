@@ -416,6 +416,7 @@ def _train_cohort(
             tolerance=recipe.descent.tolerance,
             steps_max=recipe.descent.steps_max,
             engine=recipe.descent.engine,
+            layers=recipe.descent.layers,
         )
     times.append(time.perf_counter())
     trainer.fit(module, template_batch(recipe.labels))

@@ -30,7 +30,7 @@ EVALUATION = EvaluationSet.sample(TASK, 200, 0)
 
 def prediction(width: int, init: str, labels: str) -> WidthPrediction:
     predictor = TemplatePredictor(TASK.templates, antisymmetric=init == "antisymmetric")
-    limit = LimitPrediction(TASK, EVALUATION, init == "antisymmetric")
+    limit = LimitPrediction(TASK, EVALUATION, predictor)
     return WidthPrediction(limit, FiniteWidth(predictor, width, corrected=labels == "corrected"), units=128)
 
 
@@ -94,7 +94,7 @@ def test_costs() -> None:
 
 
 def test_steps_are_those_of_members() -> None:
-    measured = calibrate(TASK, 128, CPU, EVALUATION)
+    measured = calibrate(TemplatePredictor(TASK.templates), 128, CPU, EVALUATION)
     for width in (128, 512, 2048, 8192):
         statuses = train_members(Recipe(TASK.templates.labels.float(), width), range(4), CPU)[1]
         steps = sum(status.steps for status in statuses) / 4

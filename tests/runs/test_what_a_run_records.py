@@ -35,6 +35,8 @@ OTHERS: dict[str, Any] = {
     "tolerance": 0.02,
     "steps": 40,
     "engine": "functional",
+    "layers": "readout",
+    "padding": 2,
     "first_member": 11,
     "keep_weights": "none",
 }

@@ -13,7 +13,9 @@ from ntk_ensembles.tasks import Addition, EvaluationSet, StateLayout, Template, 
 from ntk_ensembles.templates.bounds import MatchBounds
 from ntk_ensembles.theory import (
     DECODERS,
+    LAYERS,
     TIE,
+    Layers,
     TemplatePredictor,
     certify,
     decode,
@@ -61,10 +63,12 @@ def brute_force(predictor: TemplatePredictor, decoder: str) -> tuple[float, floa
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 1 << 30), st.integers(1, 6), st.integers(1, 6))
-def test_worst_margins_equal_enumeration(seed: int, count: int, repeats: int) -> None:
+@given(
+    st.integers(0, 1 << 30), st.integers(1, 6), st.integers(1, 6), st.sampled_from(LAYERS), st.sampled_from([0, 0, 17])
+)
+def test_worst_margins_equal_enumeration(seed: int, count: int, repeats: int, layers: Layers, padding: int) -> None:
     templates = random_templates(seed, count, repeats)
-    predictor, extremes = TemplatePredictor(templates), MatchBounds(templates)
+    predictor, extremes = TemplatePredictor(templates, padding, layers=layers), MatchBounds(templates)
     for decoder in DECODERS:
         certificate = certify(predictor, extremes, decoder)
         ones, zeros, right, score = brute_force(predictor, decoder)
@@ -84,18 +88,25 @@ def test_worst_margins_equal_enumeration(seed: int, count: int, repeats: int) ->
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 1 << 30), st.integers(1, 6), st.integers(1, 8))
-def test_padding_is_the_least_with_which_the_sign_rule_is_exact(seed: int, count: int, repeats: int) -> None:
+@given(st.integers(0, 1 << 30), st.integers(1, 6), st.integers(1, 8), st.sampled_from(LAYERS))
+def test_padding_is_the_least_with_which_the_sign_rule_is_exact(
+    seed: int, count: int, repeats: int, layers: Layers
+) -> None:
     templates = random_templates(seed, count, repeats)
-    padding = sign_padding(TemplatePredictor(templates), MatchBounds(templates))
-    assert brute_force(TemplatePredictor(templates, padding), "sign")[2]
-    assert padding == 0 or not brute_force(TemplatePredictor(templates, padding - 1), "sign")[2]
+    bounds = MatchBounds(templates)
+    padding = sign_padding(TemplatePredictor(templates, layers=layers), bounds)
+    assert brute_force(TemplatePredictor(templates, padding, layers=layers), "sign")[2]
+    assert padding == 0 or not brute_force(TemplatePredictor(templates, padding - 1, layers=layers), "sign")[2]
+    # What is there already is not counted.
+    assert sign_padding(TemplatePredictor(templates, 5, layers=layers), bounds) == padding
 
 
 def test_the_sign_rule_does_fail_on_some_template_sets() -> None:
     """Otherwise the two tests above would say little."""
-    outcomes = {brute_force(TemplatePredictor(random_templates(seed, 4, 6)), "sign")[2] for seed in range(40)}
-    assert outcomes == {True, False}
+    for layers in LAYERS:
+        sets = (random_templates(seed, 4, 6) for seed in range(40))
+        outcomes = {brute_force(TemplatePredictor(one, layers=layers), "sign")[2] for one in sets}
+        assert outcomes == {True, False}
 
 
 @pytest.mark.parametrize("log_states", [0.0, 30 * math.log(2), 337 * math.log(2)])

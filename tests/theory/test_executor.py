@@ -216,7 +216,7 @@ def test_what_is_refused() -> None:
         rollout(NTKExecutor(templates), torch.zeros(2, 8, dtype=torch.bool), 1)
     with pytest.raises(ValueError, match="-1 micro-steps"):
         rollout(NTKExecutor(templates), torch.zeros(2, 9, dtype=torch.bool), -1)
-    with pytest.raises(ValueError, match="padding -1"):
+    with pytest.raises(ValueError, match="padding=-1"):
         NTKExecutor(templates, padding=-1)
 
 

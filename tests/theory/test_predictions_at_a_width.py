@@ -9,7 +9,7 @@ from torch import Tensor
 from ntk_ensembles.ensemble import predict
 from ntk_ensembles.ensemble.cohort import Recipe, train_members
 from ntk_ensembles.tasks import Addition, EvaluationSet
-from ntk_ensembles.theory import DECODERS, FiniteWidth, LimitPrediction, WidthPrediction
+from ntk_ensembles.theory import DECODERS, FiniteWidth, LimitPrediction, TemplatePredictor, WidthPrediction
 
 TASK = Addition(4)
 SIZE = len(TASK.templates)
@@ -17,7 +17,7 @@ EVALUATION = EvaluationSet.sample(TASK, 150, 0)
 
 
 def limit(antisymmetric: bool = False) -> LimitPrediction:
-    return LimitPrediction(TASK, EVALUATION, antisymmetric=antisymmetric)
+    return LimitPrediction(TASK, EVALUATION, TemplatePredictor(TASK.templates, antisymmetric=antisymmetric))
 
 
 def at_width(infinite: LimitPrediction, width: int, *, units: int = 256, corrected: bool = False) -> WidthPrediction:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.tasks import Addition
 from ntk_ensembles.templates import StateLayout, Template, TemplateSet
-from ntk_ensembles.theory.predictor import Kernel, TemplatePredictor, posterior
+from ntk_ensembles.theory import LAYERS, Layers, TemplatePredictor, posterior
 
 Array = npt.NDArray[np.float64]
 
@@ -178,7 +177,7 @@ def test_padding_is_silent_templates(case: tuple[int, int, int, int], padding: i
 
 def test_negative_padding_is_refused() -> None:
     """Got and expected."""
-    with pytest.raises(ValueError, match="padding -1"):
+    with pytest.raises(ValueError, match="padding=-1"):
         TemplatePredictor(template_set(torch.eye(3, dtype=torch.bool)), padding=-1)
 
 
@@ -235,7 +234,7 @@ def random_inputs(seed: int, *shapes: tuple[int, int]) -> list[Tensor]:
 def test_the_nngp_posterior_is_conditioning() -> None:
     """Against the conditional Gaussian's precision matrix: another route than Cholesky of the training block."""
     inputs, labels, tests = random_inputs(5, (7, 4), (7, 2), (5, 4))
-    mean, covariance = posterior(inputs, labels, tests, kernel="nngp")
+    mean, covariance = posterior(inputs, labels, tests, layers="readout")
     every = torch.cat([tests, inputs]).numpy()
     lengths = np.linalg.norm(every, axis=1)
     kernel = kernels_from_definition(every / lengths[:, None], every / lengths[:, None])[0] * np.outer(lengths, lengths)
@@ -255,7 +254,7 @@ def test_training_the_readout_alone_samples_the_nngp_posterior() -> None:
     covariance is to the posterior's.
     """
     inputs, labels, tests = random_inputs(6, (6, 4), (6, 2), (3, 4))
-    mean, covariance = posterior(inputs, labels, tests, kernel="nngp")
+    mean, covariance = posterior(inputs, labels, tests, layers="readout")
     width = 200_000
     (hidden,) = random_inputs(7, (width, 4))
     features, new = (torch.relu(x @ hidden.T / 2) / math.sqrt(width) for x in (inputs, tests))
@@ -267,44 +266,42 @@ def test_training_the_readout_alone_samples_the_nngp_posterior() -> None:
     torch.testing.assert_close(new @ interpolate @ labels, mean, rtol=0.05, atol=0.03)
 
 
-@pytest.mark.parametrize("kernel", ["ntk", "nngp"])
-def test_float32_is_computed_in_float64(kernel: Kernel) -> None:
+@pytest.mark.parametrize("layers", LAYERS)
+def test_float32_is_computed_in_float64(layers: Layers) -> None:
     """The same numbers as of the converted arguments, to the bit."""
     inputs, labels, tests = (value.float() for value in random_inputs(8, (6, 4), (6, 2), (3, 4)))
-    single = posterior(inputs, labels, tests, kernel)
-    double = posterior(inputs.double(), labels.double(), tests.double(), kernel)
+    single = posterior(inputs, labels, tests, layers)
+    double = posterior(inputs.double(), labels.double(), tests.double(), layers)
     assert single.mean.dtype == single.covariance.dtype == torch.float64
     assert torch.equal(single.mean, double.mean)
     assert torch.equal(single.covariance, double.covariance)
 
 
-@pytest.mark.parametrize("kernel", ["ntk", "nngp"])
-def test_singular_inputs_are_named(kernel: Kernel) -> None:
+@pytest.mark.parametrize("layers", LAYERS)
+def test_singular_inputs_are_named(layers: Layers) -> None:
     inputs, labels, tests = random_inputs(9, (6, 4), (6, 2), (3, 4))
     inputs[4] = 3 * inputs[1]
     with pytest.raises(ValueError, match="rows 1 and 4 are parallel"):
-        posterior(inputs, labels, tests, kernel)
+        posterior(inputs, labels, tests, layers)
     # A third is no multiple of float32's spacing.
     single = inputs.float()
     single[4] = single[1] / 3
     with pytest.raises(ValueError, match="rows 1 and 4 of the inputs are parallel up to rounding"):
-        posterior(single, labels.float(), tests.float(), kernel)
+        posterior(single, labels.float(), tests.float(), layers)
     inputs[4] = 0
     with pytest.raises(ValueError, match="row 4 is zero"):
-        posterior(inputs, labels, tests, kernel)
+        posterior(inputs, labels, tests, layers)
 
 
-def test_unknown_kernels_and_wrong_shapes_are_refused() -> None:
-    """By the function itself: the run-time type checks of the tests are not there for users."""
-    unchecked = inspect.unwrap(posterior)
+def test_unknown_layers_and_wrong_shapes_are_refused(unchecked: None) -> None:
     inputs, labels, tests = random_inputs(10, (6, 4), (6, 2), (3, 4))
-    with pytest.raises(OptionError, match="kernel='rbf': expected one of ntk, nngp"):
-        unchecked(inputs, labels, tests, "rbf")
+    with pytest.raises(OptionError, match="layers='rbf': expected one of both, readout"):
+        posterior(inputs, labels, tests, "rbf")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="5 rows of labels for 6 rows of inputs"):
-        unchecked(inputs, labels[:5], tests)
+        posterior(inputs, labels[:5], tests)
     with pytest.raises(ValueError, match="test_inputs of 3 features for inputs of 4"):
-        unchecked(inputs, labels, tests[:, :3])
+        posterior(inputs, labels, tests[:, :3])
     with pytest.raises(ValueError, match=r"labels of shape \(6,\): expected two axes"):
-        unchecked(inputs, labels[:, 0], tests)
+        posterior(inputs, labels[:, 0], tests)
     with pytest.raises(ValueError, match="at least one training input"):
-        unchecked(inputs[:0], labels[:0], tests)
+        posterior(inputs[:0], labels[:0], tests)

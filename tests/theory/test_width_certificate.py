@@ -10,13 +10,20 @@ from ntk_ensembles.ensemble import predict
 from ntk_ensembles.ensemble.cohort import Recipe, train_members
 from ntk_ensembles.tasks import Addition, EvaluationSet
 from ntk_ensembles.templates import MatchBounds
-from ntk_ensembles.theory import DECODERS, FiniteWidth, TemplatePredictor, certify_task, margins, thresholds
+from ntk_ensembles.theory import (
+    DECODERS,
+    FiniteWidth,
+    Layers,
+    TemplatePredictor,
+    certify_task,
+    margins,
+    thresholds,
+)
 from ntk_ensembles.theory.width_certificate import (
     certify_width,
     score_at_width,
     spread_at_width,
     states_of_all_densities,
-    trusted_width,
 )
 
 TASK = Addition(3)
@@ -26,14 +33,15 @@ MATCHES = TASK.templates.matches(EVERY)
 NEXT = TASK.templates.set_counts(MATCHES) > 0
 
 
-def theory(width: int, *, antisymmetric: bool = False, corrected: bool = False) -> FiniteWidth:
-    return FiniteWidth(TemplatePredictor(TASK.templates, antisymmetric=antisymmetric), width, corrected=corrected)
+def theory(width: int, *, antisymmetric: bool = False, corrected: bool = False, layers: Layers = "both") -> FiniteWidth:
+    predictor = TemplatePredictor(TASK.templates, layers=layers, antisymmetric=antisymmetric)
+    return FiniteWidth(predictor, width, corrected=corrected)
 
 
 @pytest.mark.parametrize("antisymmetric", [False, True])
-@pytest.mark.parametrize("corrected", [False, True])
-def test_the_score_is_below_that_of_every_state(antisymmetric: bool, corrected: bool) -> None:
-    finite = theory(20 * SIZE, antisymmetric=antisymmetric, corrected=corrected)
+@pytest.mark.parametrize(("corrected", "layers"), [(False, "both"), (True, "both"), (False, "readout")])
+def test_the_score_is_below_that_of_every_state(antisymmetric: bool, corrected: bool, layers: Layers) -> None:
+    finite = theory(20 * SIZE, antisymmetric=antisymmetric, corrected=corrected, layers=layers)
     matches, following = MATCHES[MATCHES.any(1)], NEXT[MATCHES.any(1)]
     generator = torch.Generator().manual_seed(0)
     variance = finite.variance(matches, generator=generator, units=256).variance
@@ -68,7 +76,7 @@ def test_it_becomes_the_certificate_of_infinite_width(antisymmetric: bool) -> No
 
 def test_the_width_to_trust() -> None:
     finite = theory(7 * SIZE)
-    width = trusted_width(finite)
+    width = finite.trusted_from
     assert theory(width).movement <= 0.6 < theory(width - 1).movement
     found = certify_width(TASK, width - 1, evaluation_states=20)
     assert (found["trusted"], found["trusted_from"]) == (False, width)
