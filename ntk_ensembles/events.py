@@ -29,8 +29,7 @@ class EventFile:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._steps: dict[int, dict[str, Any]] = {}
-        self._times: dict[int, float] = {}
+        self._points: dict[tuple[str, int], tuple[float, Any]] = {}
 
     def add_scalar(self, tag: str, value: float, global_step: int = 0) -> None:
         """Add one point of a chart.
@@ -49,8 +48,8 @@ class EventFile:
             values: Heights of the points, by the names of the charts.
             global_step: Place of the points.
         """
-        self._times[global_step] = time.time()
-        self._steps.setdefault(global_step, {}).update(values)
+        now = time.time()
+        self._points.update({(tag, global_step): (now, value) for tag, value in values.items()})
 
     def add_figure(self, tag: str, figure: Figure, global_step: int = 0, dpi: int = 100) -> None:
         """Add a picture.
@@ -90,20 +89,18 @@ class EventFile:
 
         content = io.BytesIO()
         records: Any = RecordWriter(content)
+        now = time.time()
         # A TensorBoard that has read the earlier file forgets it at the start of a session.
         start = SessionLog(status=SessionLog.START)
-        events = [Event(file_version="brain.Event:2"), Event(session_log=start)]
-        for step, values in sorted(self._steps.items()):
-            summary = Summary(
-                value=[
-                    value if isinstance(value, Summary.Value) else Summary.Value(tag=tag, simple_value=value)
-                    for tag, value in values.items()
-                ]
-            )
-            events.append(Event(step=step, summary=summary))
-        now = time.time()
+        events = [Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, session_log=start)]
+        # What was added together is one event: there are many, and each costs time.
+        together: dict[tuple[int, float], list[Any]] = {}
+        for (tag, step), (added_at, value) in self._points.items():
+            shown = value if isinstance(value, Summary.Value) else Summary.Value(tag=tag, simple_value=value)
+            together.setdefault((step, added_at), []).append(shown)
+        for (step, added_at), values in sorted(together.items(), key=lambda item: item[0]):
+            events.append(Event(wall_time=added_at, step=step, summary=Summary(value=values)))
         for event in events:
-            event.wall_time = self._times.get(event.step, now) if event.HasField("summary") else now
             records.write(event.SerializeToString())
         earlier = list(self._folder.glob(f"events.out.tfevents.*{_SUFFIX}"))
         # TensorBoard takes any file with this in its name, and reads files of one folder in the order of their names.

@@ -6,6 +6,7 @@ spread over processes or merged ends with the charts of one that was not.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shlex
 import time
@@ -54,26 +55,35 @@ _CERTAIN_SCORE = 9.0
 _DELTA = 1e-6
 _BINS = 100
 
+_WIDTHS = "(, (infinite|this) width)?$"
 _LAYOUT = {
+    f"Convergence against {_STEPS_AN_OCTAVE} log2 N": {
+        **{
+            f"exact match, {decoder} (log2 N)": [
+                "Multiline",
+                [f"exact match by {_STEPS_AN_OCTAVE} log2 N/{decoder}{_WIDTHS}"],
+            ]
+            for decoder in DECODERS
+        },
+        "log10 of the RMS deviation (log2 N)": [
+            "Multiline",
+            [f"log10 RMS deviation by {_STEPS_AN_OCTAVE} log2 N/.*"],
+        ],
+    },
     "Convergence against N": {
         **{
-            f"{name}, {decoder}": ["Multiline", [rf"{name}/{decoder}(, (infinite|this) width)?$"]]
+            f"{name}, {decoder}": ["Multiline", [f"{name}/{decoder}{_WIDTHS}"]]
             for name in ("exact match", "bit accuracy")
             for decoder in DECODERS
         },
         "RMS deviation from the NTK mean": ["Multiline", ["RMS deviation/.*"]],
     },
-    "Convergence against 100 log2 N": {
-        **{
-            f"exact match, {decoder} (log2 N)": [
-                "Multiline",
-                [rf"exact match by 100 log2 N/{decoder}(, (infinite|this) width)?$"],
-            ]
-            for decoder in DECODERS
-        },
-        "log10 of the RMS deviation (log2 N)": ["Multiline", ["log10 RMS deviation by 100 log2 N/.*"]],
+    "Training": {
+        f"log10 of the relative loss by {_POINTS_A_STEP} step": [
+            "Multiline",
+            [f"log10 training loss by {_POINTS_A_STEP} step/.*"],
+        ]
     },
-    "Training": {"log10 of the relative loss by 10 step": ["Multiline", ["log10 training loss by 10 step/.*"]]},
 }
 """Charts of the Custom Scalars tab. The same for every run, as TensorBoard adds those of all runs up: a series that a
 run does not have is left out by itself."""
@@ -118,6 +128,7 @@ class Dashboard:
         self._losses: list[list[float]] = []
         self._next = experiment.planned.start
         self._members_of: dict[str, list[int]] = {}
+        self._all_bands: dict[Decoder, ExactMatchBand] = {}
         self._write_at = time.monotonic() + _SECONDS_BETWEEN_WRITES
         self._failed: Exception | None = None
 
@@ -253,8 +264,16 @@ class Dashboard:
             self.events.add_figure(f"convergence/{name}", figure, dpi=200)
 
     def _bands(self, rows: Sequence[ConvergenceRow]) -> dict[Decoder, ExactMatchBand]:
+        """Return the bands at the rows' N; they cost the most of a figure, so those of all N are drawn once."""
         sizes = [row["members"] for row in rows]
-        return {decoder: self._experiment.limit.band(sizes, decoder) for decoder in DECODERS}
+        if not self._all_bands or not set(sizes) <= set(self._all_bands[DECODERS[0]].members):
+            every = sorted({*ensemble_sizes(len(self._experiment.planned)), *sizes})
+            self._all_bands = {decoder: self._experiment.limit.band(every, decoder) for decoder in DECODERS}
+        at = [self._all_bands[DECODERS[0]].members.index(size) for size in sizes]
+        return {
+            decoder: dataclasses.replace(band, members=tuple(sizes), mean=band.mean[at], quantiles=band.quantiles[at])
+            for decoder, band in self._all_bands.items()
+        }
 
     def _title(self, rows: Sequence[ConvergenceRow]) -> str:
         task, options = self._experiment.task, self._experiment.options
@@ -425,8 +444,9 @@ class _Curves:
 
     def final_metrics(self) -> list[str]:
         """Return the names of the charts whose last values tell how a run has ended."""
-        names = ("exact match", "exact from N on", "bit accuracy")
-        return [*(f"{name}/{decoder}" for name in names for decoder in DECODERS), "RMS deviation/measured"]
+        names = ("exact from N on", "exact match", "bit accuracy")
+        # TensorBoard shows the first five at first.
+        return ["RMS deviation/measured", *(f"{name}/{decoder}" for name in names for decoder in DECODERS)]
 
 
 class _Rates:
@@ -495,10 +515,15 @@ def _loss_points(losses: Sequence[Sequence[float]]) -> Iterator[tuple[int, dict[
 
 
 def _hyperparameters(experiment: Experiment) -> dict[str, Any]:
-    """Return what runs are compared by, as plain values; the same names for every task."""
+    """Return what runs are compared by: the same five for every task, as TensorBoard shows no more at first."""
     options = experiment.options
-    names = ("width", "ensemble", "init", "labels", "loss", "precision", "tolerance", "seed")
-    return {"task": repr(experiment.task), **{name: getattr(options, name) for name in names}}
+    return {
+        "task": repr(experiment.task),
+        "width": options.width,
+        "ensemble": options.ensemble,
+        "init": options.init,
+        "labels": options.labels,
+    }
 
 
 def _texts(experiment: Experiment) -> dict[str, str]:
@@ -532,10 +557,10 @@ def _certificate(experiment: Experiment) -> str:
     rows = []
     for decoder in DECODERS:
         found = certify(predictor, bounds, decoder)
-        verdict = {True: "yes", False: "no", None: "open"}[found.exact]
+        verdict = {True: "yes, without a margin" if found.tie else "yes", False: "no", None: "open"}[found.exact]
         counts = [found.members(_DELTA), found.members(_DELTA, bits * math.log(2))]
         members = ["none" if count is None else f"{count:,}" for count in counts]
-        margin = "0" if found.tie else f"{found.margin:.4g}"
+        margin = "0" if found.tie and found.exact else f"{found.margin:.4g}"
         rows.append(f"| {decoder} | {verdict} | {margin} | {members[0]} | {members[1]} |")
     return "\n".join(
         [

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from ntk_ensembles.runs.convergence import ConvergenceRow
 from ntk_ensembles.theory import DECODERS, Decoder, ExactMatchBand
@@ -52,7 +53,7 @@ def convergence_panels(
         else:
             _draw_deviation(axes, rows)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize="small")
-        figure.suptitle("\n".join(textwrap.wrap(title, 60)), fontsize="medium")
+        figure.suptitle("\n".join(textwrap.wrap(title, 50)), fontsize="medium")
     return panels
 
 
@@ -101,6 +102,6 @@ def _draw_deviation(axes: Axes, rows: Sequence[ConvergenceRow]) -> None:
 def _members_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(n) for n in sizes])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("members of the ensemble, N")
     axes.grid(alpha=0.3)
