@@ -48,8 +48,7 @@ class EventFile:
             values: Heights of the points, by the names of the charts.
             global_step: Place of the points.
         """
-        now = time.time()
-        self._points.update({(tag, global_step): (now, value) for tag, value in values.items()})
+        self._add(values, global_step)
 
     def add_figure(self, tag: str, figure: Figure, global_step: int = 0, dpi: int = 100) -> None:
         """Add a picture.
@@ -75,7 +74,7 @@ class EventFile:
             summary: What a function of `torch.utils.tensorboard.summary` returns.
             global_step: Place of it among those of its name.
         """
-        self.add_scalars({value.tag: value for value in summary.value}, global_step)
+        self._add({value.tag: value for value in summary.value}, global_step)
 
     def write(self) -> None:
         """Write the file, in place of an earlier one.
@@ -108,3 +107,7 @@ class EventFile:
         write_atomically(path, lambda part: part.write_bytes(content.getvalue()), follow=False)
         for file in earlier:
             file.unlink(missing_ok=True)
+
+    def _add(self, content: Mapping[str, Any], step: int) -> None:
+        now = time.time()
+        self._points.update({(tag, step): (now, value) for tag, value in content.items()})

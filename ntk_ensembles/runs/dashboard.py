@@ -11,7 +11,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ntk_ensembles.events import EventFile
 from ntk_ensembles.files import SaveError, write_atomically
-from ntk_ensembles.runs.convergence import ConvergenceRow
+from ntk_ensembles.runs.convergence import ConvergenceRow, ensemble_sizes
 from ntk_ensembles.runs.options import SAVED_OPTIONS, Experiment, RunOptions
 from ntk_ensembles.runs.results import Results
 from ntk_ensembles.runs.store import MemberResults, RunStore
@@ -89,6 +89,7 @@ _LAYOUT = {
 run does not have is left out by itself."""
 
 
+@runtime_checkable
 class MetricLogger(Protocol):
     """What a dashboard needs of a Lightning logger."""
 
@@ -355,7 +356,7 @@ class _Curves:
             for suffix, (exact, bits) in rates.items():
                 values[f"exact match/{decoder}{suffix}"] = exact
                 values[f"bit accuracy/{decoder}{suffix}"] = bits
-            values[f"exact from N on/{decoder}"] = self._exact_from[decoder]
+            values[f"exact from N on/{decoder}"] = float(self._exact_from[decoder])
         values["RMS deviation/measured"] = float((self._total / count).square().mean().sqrt())
         for name, prediction in self._predictions.items():
             values[f"RMS deviation/{name}"] = prediction.rms_deviation(count)
