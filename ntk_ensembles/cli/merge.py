@@ -7,7 +7,7 @@ from pathlib import Path
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import Parser
 from ntk_ensembles.console import console
-from ntk_ensembles.runs import merge_runs, print_report, print_warnings
+from ntk_ensembles.runs import Dashboard, merge_runs, print_report, print_warnings
 
 _DESCRIPTION = (
     "Put runs that trained different members of one ensemble (--first-member; several machines, a job array) into a "
@@ -24,5 +24,6 @@ def merge_command(arguments: list[str], prog: str) -> int:
     options = parser.parse(arguments)
     run, results = merge_runs([Path(name) for name in options["runs"]], options["out"])
     print_report(results, run.directory, console())
-    print_warnings(run.draw(run.member_results(), results), console())
+    dashboard = Dashboard(run.store, run.experiment)
+    print_warnings(dashboard.finish(run.member_results(), results), console())
     return 0

@@ -268,7 +268,7 @@ def write_trace_events(directory: Path, task: SBN, trace: Trace, labels: Mapping
     writer.add_figure("execution/state", trace_figure(task, trace, labels, title))
     for number, margin in enumerate(trace.margins.tolist(), start=1):
         writer.add_scalar("execution/margin", margin, number)
-    writer.close()
+    writer.write()
 
 
 @dataclass(frozen=True)

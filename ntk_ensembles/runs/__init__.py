@@ -1,6 +1,7 @@
 """Training runs as data: options and experiment, the run directory, results, and loaded ensembles. No Lightning."""
 
 from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows, ensemble_sizes
+from ntk_ensembles.runs.dashboard import Dashboard
 from ntk_ensembles.runs.ensemble import Ensemble, converged_members, without_weights
 from ntk_ensembles.runs.options import Experiment, RunOptions
 from ntk_ensembles.runs.record import RecordedTask
@@ -10,6 +11,7 @@ from ntk_ensembles.runs.store import MemberResults, RunStore, StoreError
 
 __all__ = [
     "ConvergenceRow",
+    "Dashboard",
     "Ensemble",
     "Experiment",
     "MemberResults",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from ntk_ensembles.runs.convergence import ConvergenceRow
 from ntk_ensembles.theory import DECODERS, Decoder, ExactMatchBand
@@ -24,19 +26,51 @@ def convergence_figure(rows: Sequence[ConvergenceRow], bands: dict[Decoder, Exac
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     exact, deviation = figure.subplots(1, 2)
+    _draw_exact_match(exact, rows, bands)
+    _draw_deviation(deviation, rows)
+    exact.legend(fontsize="small", loc="best")
+    deviation.legend(fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def convergence_panels(
+    rows: Sequence[ConvergenceRow], bands: dict[Decoder, ExactMatchBand], title: str
+) -> dict[str, Figure]:
+    """Return the panels of `convergence_figure` as figures of their own, by name, to be read in a narrow column.
+
+    Args:
+        rows: Convergence rows of one run, at least one.
+        bands: Bands of each decoder at the same N.
+        title: Text above each.
+    """
+    panels = {}
+    for name in ("exact match", "RMS deviation"):
+        figure = panels[name] = Figure(figsize=(5, 5.2), layout="constrained")
+        axes = figure.subplots()
+        if name == "exact match":
+            _draw_exact_match(axes, rows, bands)
+        else:
+            _draw_deviation(axes, rows)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize="small")
+        figure.suptitle("\n".join(textwrap.wrap(title, 50)), fontsize="medium")
+    return panels
+
+
+def _draw_exact_match(axes: Axes, rows: Sequence[ConvergenceRow], bands: Mapping[Decoder, ExactMatchBand]) -> None:
     sizes = [row["members"] for row in rows]
     for decoder in DECODERS:
         colour = _COLOURS[decoder]
         band = bands[decoder]
         low, high = band.quantiles[:, 0].tolist(), band.quantiles[:, -1].tolist()
-        exact.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
         label = f"{decoder}, infinite width with its 90% band"
-        exact.plot(sizes, band.mean.tolist(), "--", color=colour, linewidth=1, label=label)
+        axes.plot(sizes, band.mean.tolist(), "--", color=colour, linewidth=1, label=label)
         at_width = [row["finite_width_exact_match"] for row in rows]
         if all(at_width):
             shares = [values[decoder] for values in at_width if values]
-            exact.plot(sizes, shares, color=colour, linewidth=1, label=f"{decoder}, this width")
-        exact.errorbar(
+            axes.plot(sizes, shares, color=colour, linewidth=1, label=f"{decoder}, this width")
+        axes.errorbar(
             sizes,
             [row["exact_match"][decoder] for row in rows],
             [row["exact_match_spread"][decoder] or 0 for row in rows],
@@ -46,28 +80,28 @@ def convergence_figure(rows: Sequence[ConvergenceRow], bands: dict[Decoder, Exac
             capsize=2,
             label=f"{decoder}, measured (bars: spread over groups)",
         )
-    exact.set(ylim=(-0.03, 1.03), ylabel="states decoded exactly")
-    exact.legend(fontsize="small", loc="best")
+    axes.set(ylim=(-0.03, 1.03), ylabel="states decoded exactly")
+    _members_axis(axes, sizes)
+
+
+def _draw_deviation(axes: Axes, rows: Sequence[ConvergenceRow]) -> None:
+    sizes = [row["members"] for row in rows]
     predicted = [row["predicted_rms_deviation"] for row in rows]
     label = "measured (theory at infinite width: 0)"
     if any(predicted):
-        deviation.plot(sizes, predicted, "--", color="black", linewidth=1, label="theory, infinite width")
+        axes.plot(sizes, predicted, "--", color="black", linewidth=1, label="theory, infinite width")
         label = "measured"
     finite = [row["finite_width_rms_deviation"] for row in rows]
     if None not in finite:
-        deviation.plot(sizes, finite, color="black", linewidth=1, label="theory, this width")
-    deviation.plot(sizes, [row["rms_deviation"] for row in rows], "o", color="black", markersize=4, label=label)
-    deviation.set(yscale="log", ylabel="RMS deviation from the NTK mean")
-    deviation.legend(fontsize="small")
-    for axes in (exact, deviation):
-        _members_axis(axes, sizes)
-    figure.suptitle(title, fontsize="medium")
-    return figure
+        axes.plot(sizes, [value or 0.0 for value in finite], color="black", linewidth=1, label="theory, this width")
+    axes.plot(sizes, [row["rms_deviation"] for row in rows], "o", color="black", markersize=4, label=label)
+    axes.set(yscale="log", ylabel="RMS deviation from the NTK mean")
+    _members_axis(axes, sizes)
 
 
 def _members_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(n) for n in sizes])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("members of the ensemble, N")
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""From member results to ``results.json``, the table, the figure and the charts.
+"""From member results to ``results.json`` and the table.
 
 The same for a run that has ended, was interrupted, was resumed, or was merged from others: everything follows from
 the member results and the run's options.
@@ -6,12 +6,10 @@ the member results and the run's options.
 
 from __future__ import annotations
 
-import functools
-import math
 import platform
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,14 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_ensembles.ensemble.products import processor
-from ntk_ensembles.files import SaveError, write_atomically
 from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows
 from ntk_ensembles.runs.options import Experiment
-from ntk_ensembles.runs.store import STAGES, MemberResults, RunStore
+from ntk_ensembles.runs.store import STAGES, MemberResults
 from ntk_ensembles.theory import DECODERS, Decoder
-
-TENSORBOARD = "tensorboard"
-"""Folder of a run's events."""
 
 
 class TrainingResults(TypedDict):
@@ -144,94 +138,6 @@ def _finite_width(experiment: Experiment) -> FiniteWidthResults:
     }
 
 
-def draw_results(store: RunStore, experiment: Experiment, members: MemberResults, results: Results) -> list[str]:
-    """Write the figure and the charts; whatever becomes of them, the results are there.
-
-    Args:
-        store: Directory of the run.
-        experiment: What was trained, how, and on what it was evaluated.
-        members: All members so far.
-        results: The results that follow from them.
-
-    Returns:
-        What could not be written, a line for each.
-    """
-    rows = results["convergence"]
-    failures = []
-    drawn: list[Callable[[], None]] = [
-        functools.partial(_draw, store, experiment, results),
-        functools.partial(_chart, store, rows, members),
-    ]
-    # A figure without rows would be empty.
-    for draw in drawn if rows else drawn[1:]:
-        try:
-            draw()
-        except SaveError as error:
-            failures.append(str(error))
-        except Exception as error:
-            # Whatever a library makes of a machine without fonts, say: a picture is not worth a run.
-            failures.append(f"{store.directory}: the figures cannot be drawn ({type(error).__name__}: {error})")
-    return failures
-
-
-def _draw(store: RunStore, experiment: Experiment, results: Results) -> None:
-    # Matplotlib and TensorBoard take a second to import.
-    from ntk_ensembles.events import EventFile
-    from ntk_ensembles.runs.figures import convergence_figure
-
-    rows = results["convergence"]
-    bands = {decoder: experiment.limit.band([row["members"] for row in rows], decoder) for decoder in DECODERS}
-    title = f"{experiment.task!r}: {results['templates']} templates, "
-    title += f"{results['padding']} of padding, " if results["padding"] else ""
-    title += f"width {results['width']}, "
-    title += "readout trained, " if results["layers"] == "readout" else ""
-    title += "corrected labels, " if results["labels"] == "corrected" else ""
-    title += f"{results['init']}, {rows[-1]['members']} members"
-    figure = convergence_figure(rows, bands, title.replace("$", r"\$"))
-    path = store.directory / "figures" / "convergence.png"
-    write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"), follow=False)
-    events = EventFile(store.directory / TENSORBOARD / "figures")
-    events.add_figure("convergence", figure)
-    events.close()
-
-
-def _chart(store: RunStore, rows: Sequence[ConvergenceRow], members: MemberResults) -> None:
-    """Write measured and predicted values under one tag, from one writer each, so that they share a chart."""
-    from ntk_ensembles.events import EventFile
-
-    folder = store.directory / TENSORBOARD
-    for decoder in DECODERS:
-        kinds = [("measured", ""), ("predicted", "predicted_"), ("finite width", "finite_width_")]
-        if any(row["finite_width_rms_deviation"] is None for row in rows):
-            del kinds[-1]
-        for kind, prefix in kinds:
-            writer = EventFile(folder / f"{kind} ({decoder})")
-            for row in rows:
-                values: Mapping[str, Any] = row
-                writer.add_scalar("members/exact_match", values[f"{prefix}exact_match"][decoder], row["members"])
-                writer.add_scalar("members/bit_accuracy", values[f"{prefix}bit_accuracy"][decoder], row["members"])
-                # Of the outputs, before any decoder: one pair of lines is all of it.
-                if decoder == DECODERS[0]:
-                    writer.add_scalar("members/rms_deviation", values[f"{prefix}rms_deviation"], row["members"])
-            writer.close()
-    writer = EventFile(folder / "training")
-    for step, losses in enumerate(_losses_by_step(members)):
-        writer.add_scalar("training/relative_loss_mean", sum(losses) / len(losses), step)
-        writer.add_scalar("training/relative_loss_max", max(losses), step)
-    writer.close()
-
-
-def _losses_by_step(members: MemberResults) -> list[list[float]]:
-    """Return for every step the relative losses of the members that got so far and are finite."""
-    table: list[list[float]] = [[] for _ in range(int(members.loss_counts.max()))]
-    for losses in torch.split(members.losses, members.loss_counts.tolist()):
-        values = losses.tolist()
-        for step, loss in enumerate(values):
-            if math.isfinite(loss) and values[0]:
-                table[step].append(loss / values[0])
-    return [losses for losses in table if losses]
-
-
 def print_report(results: Results, directory: Path, console: Console) -> None:
     """Print the convergence table, how training went, and where the files are.
 
@@ -268,7 +174,7 @@ def print_warnings(lines: Sequence[str], console: Console) -> None:
     """Print what could not be written but is not needed.
 
     Args:
-        lines: Lines, as from `draw_results`.
+        lines: Lines, as from `Dashboard.finish`.
         console: Console to print on.
     """
     for line in lines:

@@ -22,7 +22,7 @@ import torch
 from ntk_ensembles.files import options_text, read_options, write_atomically
 from ntk_ensembles.runs.options import SAVED_OPTIONS, Experiment, RunOptions
 from ntk_ensembles.runs.record import from_data, to_data
-from ntk_ensembles.runs.results import Results, draw_results, results_of
+from ntk_ensembles.runs.results import Results, results_of
 from ntk_ensembles.runs.store import MemberResults, RunStore, StoreError, check_manifest, first_difference, lock, plain
 from ntk_ensembles.tasks import TASKS, Task
 
@@ -156,18 +156,6 @@ class Run:
         )
         self.store.write_text("results.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
         return found
-
-    def draw(self, results: MemberResults, found: Results) -> list[str]:
-        """Draw the figure and the charts, which a run can do without.
-
-        Args:
-            results: All members so far.
-            found: The results that follow from them.
-
-        Returns:
-            What could not be written, a line for each.
-        """
-        return draw_results(self.store, self.experiment, results, found)
 
 
 @contextmanager

@@ -46,7 +46,8 @@ _MANIFEST_BYTES_MAX = 1 << 20
 _ECHO_MAX = 100
 """Characters of a foreign value in a message."""
 _HALF_WRITTEN = (
-    r"\.tmp\w{6}|\.((members-.*|task)\.safetensors|config\.yaml|(manifest|results)\.json|.*\.png|\.beginning)\.\w+"
+    r"\.tmp\w{6}|\.((members-.*|task)\.safetensors|config\.yaml|(manifest|results)\.json|.*\.png|\.beginning"
+    r"|events\.out\.tfevents\..*)\.\w+"
 )
 """Names of files that were being written: of `write_atomically`, and of what safetensors makes beside them."""
 
@@ -379,7 +380,11 @@ class RunStore:
 
     def files(self) -> list[Path]:
         """Return the files of finished cohorts: weights first, then the results with which they count."""
-        return [*self.weight_files(), *self._files("checkpoints")]
+        return [*self.weight_files(), *self.result_files()]
+
+    def result_files(self) -> list[Path]:
+        """Return the files of finished cohorts' results."""
+        return self._files("checkpoints")
 
     def _files(self, folder: str) -> list[Path]:
         path = self.directory / folder
@@ -406,17 +411,28 @@ class RunStore:
             StoreError: A file that is damaged, of another run or of another version, or two with a member in
                 common; nothing is guessed.
         """
-        found = [MemberResults.empty(states, bits)]
-        for path in self._files("checkpoints"):
-            tensors, _ = self._load(path, _RESULTS_SCHEMA, {"states": states, "bits": bits})
-            results = MemberResults(**tensors)
-            if fault := _fault_of(results):
-                raise StoreError(f"{path}: is damaged ({fault}); {_remedy(path)}")
-            found.append(results)
+        found = [self.load_file(path, states, bits) for path in self.result_files()]
         try:
-            return MemberResults.concatenate(found)
+            return MemberResults.concatenate([MemberResults.empty(states, bits), *found])
         except (ValueError, RuntimeError) as error:
             raise StoreError(f"{self.directory}/checkpoints: {error}; move one of the files away") from None
+
+    def load_file(self, path: Path, states: int, bits: int) -> MemberResults:
+        """Return the results in one of `result_files`.
+
+        Args:
+            path: The file.
+            states: Number of evaluation states.
+            bits: Bits of a state.
+
+        Raises:
+            StoreError: The file is damaged, of another run or of another version.
+        """
+        tensors, _ = self._load(path, _RESULTS_SCHEMA, {"states": states, "bits": bits})
+        results = MemberResults(**tensors)
+        if fault := _fault_of(results):
+            raise StoreError(f"{path}: is damaged ({fault}); {_remedy(path)}")
+        return results
 
     def weight_files(self) -> list[Path]:
         """Return the files of finished cohorts' kept weights."""

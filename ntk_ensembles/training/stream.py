@@ -30,6 +30,7 @@ from ntk_ensembles.ensemble import choose_cohort
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import SaveError
 from ntk_ensembles.runs import (
+    Dashboard,
     Experiment,
     MemberResults,
     Results,
@@ -43,6 +44,7 @@ from ntk_ensembles.runs.store import lock, wait_for_lock
 from ntk_ensembles.tasks import Task
 from ntk_ensembles.training.data import evaluation_batches, template_batch
 from ntk_ensembles.training.launch import Launch, StoppedError, share_cores, stop_signals
+from ntk_ensembles.training.logger import DashboardLogger
 from ntk_ensembles.training.module import EnsembleModule
 
 _RESTARTS = 3
@@ -91,7 +93,8 @@ def train(
         console: Where to show progress and the final table; by default standard output.
         trainer: What makes a trainer from the keyword arguments of Lightning's `Trainer`, such as a
             ``functools.partial`` of it.
-        logger: Lightning logger for the training losses of every cohort.
+        logger: Lightning logger that gets the options, the charts against the number of members and every cohort's
+            training losses too. The run's directory has its dashboard in any case.
         callbacks: Lightning callbacks for every cohort's trainer.
         started_at: When the user began to wait, as from `time.time`; by default now.
 
@@ -132,6 +135,14 @@ class _Extras:
     trainer: Callable[..., Trainer] = Trainer
     logger: Logger | Literal[False] = False
     callbacks: tuple[Callback, ...] = ()
+    dashboard: Dashboard | None = None
+    """Where the run is shown; only in the process that leads it."""
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """Loggers of every cohort's trainer, the user's first."""
+        own = [self.logger] if self.logger else []
+        return own if self.dashboard is None else [*own, DashboardLogger(self.dashboard)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +189,8 @@ def _lead(
             meeting.tell(plan and dataclasses.astuple(plan))
         meeting.wait()
         _announce(run, missing, size, processes, console)
+        dashboard = Dashboard(run.store, run.experiment, [extras.logger] if extras.logger else [])
+        extras = dataclasses.replace(extras, dashboard=dashboard)
         reason, status = _train_missing(run, plan, launch, console, extras)
         with console.status("working out the statistics …"):
             results = run.member_results()
@@ -185,7 +198,7 @@ def _lead(
                 total = time.time() - started_at
                 found = run.write_results(results, seconds_total=total, seconds_startup=called_at - started_at)
                 print_report(found, run.directory, console)
-                print_warnings(run.draw(results, found), console)
+                print_warnings(dashboard.finish(results, found), console)
         if reason is not None:
             raise Interrupted(reason, status, run.directory, len(results), options.ensemble)
         return found
@@ -226,7 +239,7 @@ def _train_missing(run: Run, plan: _Plan, launch: Launch, console: Console, extr
                     # Held until that process has finished its members, or has died.
                     wait_for_lock(run.directory, _lock_of(rank))
             else:
-                _train_in_processes(run, plan, console, shown)
+                _train_in_processes(run, plan, console, shown, extras.dashboard)
             missing = run.missing()
             shown.advance(members - len(missing) - shown.completed)
     except StoppedError as stopped:
@@ -258,7 +271,7 @@ def _lock_of(rank: int) -> str:
     return f".lock-{rank}"
 
 
-def _train_in_processes(run: Run, plan: _Plan, console: Console, shown: Progress) -> None:
+def _train_in_processes(run: Run, plan: _Plan, console: Console, shown: Progress, dashboard: Dashboard | None) -> None:
     """Train the planned members in processes of this machine, and start those again that die."""
     for attempt in range(_RESTARTS + 1):
         queue: SimpleQueue[Any] = multiprocessing.get_context("spawn").SimpleQueue()
@@ -269,6 +282,8 @@ def _train_in_processes(run: Run, plan: _Plan, console: Console, shown: Progress
         try:
             while not context.join(timeout=_SECONDS_BETWEEN_LOOKS):
                 _drain(queue, console, shown)
+                if dashboard is not None:
+                    dashboard.catch_up()
             _drain(queue, console, shown)
             return
         except ProcessExitedException as died:
@@ -356,6 +371,8 @@ def _train_cohorts(
             else:
                 run.store.save(results, weights if run.experiment.keeps_weights else None)
                 del weights
+                if extras.dashboard is not None:
+                    extras.dashboard.cohort_done(results)
                 advance(1.0, _summary(results))
                 continue
             on_progress(-shown, "")
@@ -393,7 +410,7 @@ def _train_cohort(
         "plugins": [LightningEnvironment()],
         "precision": recipe.precision,
         "max_epochs": -1,
-        "logger": extras.logger,
+        "logger": extras.loggers,
         "callbacks": [progress, *extras.callbacks],
         "log_every_n_steps": 1,
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in extras.callbacks),

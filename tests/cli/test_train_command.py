@@ -48,12 +48,16 @@ def test_a_run_leaves_what_the_design_lists(task: str, tmp_path: Path, capsys: p
     assert (out / "figures" / "convergence.png").read_bytes().startswith(b"\x89PNG")
     shards = sorted((out / "checkpoints").glob("*.safetensors"))
     assert sorted(i for shard in shards for i in load_file(shard)["indices"].tolist()) == [0, 1, 2, 3, 4]
-    measured = EventAccumulator(str(out / "tensorboard" / "measured (midpoint)"))
-    predicted = EventAccumulator(str(out / "tensorboard" / "predicted (midpoint)"))
-    for events, key in ((measured, "exact_match"), (predicted, "predicted_exact_match")):
-        events.Reload()
-        points = {event.step: event.value for event in events.Scalars("members/exact_match")}
-        assert points == {row["members"]: pytest.approx(row[key]["midpoint"]) for row in rows}  # type: ignore[attr-defined]
+    events = EventAccumulator(str(out))
+    events.Reload()
+    last = rows[-1]  # type: ignore[index]
+    for tag, key in (
+        ("exact match/sign", "exact_match"),
+        ("exact match/sign, infinite width", "predicted_exact_match"),
+    ):
+        points = {event.step: event.value for event in events.Scalars(tag)}
+        assert sorted(points) == [1, 2, 3, 4, 5]
+        assert points[5] == pytest.approx(last[key]["sign"])
     printed = capsys.readouterr().out
     assert "members 5/5" in printed
     assert "exact match on evaluation states" in printed

@@ -172,26 +172,29 @@ def test_no_average_has_a_member_that_did_not_converge(partly: PartlyConverged) 
 
 
 def test_charts_show_the_averages_of_converged_members_and_the_losses_of_all(partly: PartlyConverged) -> None:
-    def scalars(writer: str, tag: str) -> dict[int, float]:
-        events = EventAccumulator(str(partly.directory / "tensorboard" / writer))
-        events.Reload()
+    events = EventAccumulator(str(partly.directory))
+    events.Reload()
+
+    def scalars(tag: str) -> dict[int, float]:
         return {event.step: event.value for event in events.Scalars(tag)}
 
     limit = limit_of(STATES, 0)
-    expected = rows_by_hand(limit, [partly.outputs[index].double() - limit.mean for index in partly.converged])
-    measured = scalars("measured (midpoint)", "members/rms_deviation")
-    assert measured == {row["members"]: pytest.approx(row["rms"], rel=1e-3) for row in expected}
-    exact = scalars("measured (sign)", "members/exact_match")
-    assert exact == {row["members"]: pytest.approx(row["exact_match"]["sign"], abs=0.5 / STATES) for row in expected}
+    deviations = [partly.outputs[index].double() - limit.mean for index in partly.converged]
+    prefixes = [rows_by_hand(limit, deviations[:n])[-1] for n in range(1, len(deviations) + 1)]
+    expected = {row["members"]: row["rms"] for row in prefixes}
+    assert scalars("RMS deviation/measured") == pytest.approx(expected, rel=1e-3)
+    for decoder in DECODERS:
+        exact = {row["members"]: row["exact_match"][decoder] for row in prefixes}
+        assert scalars(f"exact match/{decoder}") == pytest.approx(exact, abs=0.5 / STATES)
     losses = [alone(index, partly.options.tolerance)[1] for index in INDICES]
-    table = [[own[step] for own in losses if step < len(own)] for step in range(STEPS + 1)]
-    # float32 in both, in other orders of summation.
-    assert scalars("training", "training/relative_loss_max") == {
-        step: pytest.approx(max(values), rel=1e-3) for step, values in enumerate(table)
-    }
-    assert scalars("training", "training/relative_loss_mean") == {
-        step: pytest.approx(sum(values) / len(values), rel=1e-3) for step, values in enumerate(table)
-    }
+    # Members that have stopped keep their last loss.
+    table = [sorted(own[min(step, len(own) - 1)] for own in losses) for step in range(STEPS + 1)]
+    for name, row in (("worst", -1), ("median", (len(INDICES) - 1) // 2), ("best", 0)):
+        shown = scalars(f"log10 training loss by 10 step/{name}")
+        # float32 in both, in other orders of summation.
+        assert {step: 10 ** shown[10 * step] for step in range(STEPS + 1)} == {
+            step: pytest.approx(values[row], rel=1e-3) for step, values in enumerate(table)
+        }
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 import ntk_ensembles.files
 from ntk_ensembles import Addition, Ensemble, EvaluationSet, RunOptions, train
 from ntk_ensembles.cli.main import main
-from ntk_ensembles.runs import RecordedTask, Run, RunStore, StoreError, merge_runs
-from ntk_ensembles.runs import results as results_of_runs
+from ntk_ensembles.events import EventFile
+from ntk_ensembles.files import SaveError
+from ntk_ensembles.runs import RecordedTask, Run, RunStore, StoreError, figures, merge_runs
 from ntk_ensembles.runs.store import digest, lock
 from ntk_ensembles.tasks import TaskError, load_task_class
 
@@ -307,18 +308,18 @@ def test_pictures_that_fail_cost_a_warning(
     def without_fonts(*arguments: Any) -> None:
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr(results_of_runs, "_draw", without_fonts)
+    def full(event_file: EventFile) -> None:
+        raise SaveError("events: no space left on device")
+
+    monkeypatch.setattr(figures, "convergence_panels", without_fonts)
+    monkeypatch.setattr(EventFile, "write", full)
     out = tmp_path / "run"
-    (out / "tensorboard").mkdir(parents=True)
-    shutil.rmtree(out)
     shutil.copytree(added, out)
-    shutil.rmtree(out / "tensorboard")
-    (out / "tensorboard").write_text("in the way")
     (out / "results.json").unlink()
     assert main(["train", "--resume", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "the figures cannot be drawn (RuntimeError: no fonts)" in printed
-    assert "tensorboard" in printed.split("warning:")[-1]
+    assert "events: no space left on device" in printed.split("warning:")[-1]
     assert numbers(out) == numbers(added)
 
 
@@ -363,15 +364,18 @@ def test_links_in_a_directory_lead_no_writing_elsewhere(copy: Path, tmp_path: Pa
         (copy / name).unlink()
         (copy / name).symlink_to(precious / name)
     (precious / "results.json").write_text("mine")
-    shutil.rmtree(copy / "tensorboard")
-    (precious / "figures").mkdir()
-    (precious / "figures" / "mine").touch()
-    (copy / "tensorboard").symlink_to(precious)
+    (events,) = copy.glob("events.out.tfevents.*")
+    events.rename(precious / "events")
+    events.symlink_to(precious / "events")
+    shutil.rmtree(copy / "figures")
+    (precious / "mine").touch()
+    (copy / "figures").symlink_to(precious)
     os.mkfifo(copy / "pipe")
     train_into(copy, ensemble=5)
     assert (precious / "results.json").read_text() == "mine"
     assert "ensemble: 4" in (precious / "config.yaml").read_text()
-    assert (precious / "figures" / "mine").exists()
+    assert (precious / "events").exists()
+    assert (precious / "mine").exists()
 
 
 def test_results_in_the_place_of_which_a_pipe_stands_are_written(copy: Path, added: Path) -> None:

@@ -1,0 +1,578 @@
+"""What a run shows of itself while it goes on and when it has ended: charts for TensorBoard and loggers, and figures.
+
+Everything is a function of the members that have finished, in the order of their indices. So a run that was resumed,
+spread over processes or merged ends with the charts of one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ntk_ensembles.events import EventFile
+from ntk_ensembles.files import SaveError, write_atomically
+from ntk_ensembles.runs.convergence import ConvergenceRow, ensemble_sizes
+from ntk_ensembles.runs.options import SAVED_OPTIONS, Experiment, RunOptions
+from ntk_ensembles.runs.results import Results
+from ntk_ensembles.runs.store import MemberResults, RunStore
+from ntk_ensembles.templates.bounds import MatchBounds
+from ntk_ensembles.theory import (
+    DECODERS,
+    TIE,
+    Decoder,
+    ExactMatchBand,
+    Prediction,
+    bit_error_probability,
+    certify,
+    decode,
+    margins,
+)
+
+_SECONDS_BETWEEN_WRITES = 5.0
+_SHARE_OF_TIME = 0.05
+"""Most of a session's time that writing between cohorts may take."""
+
+_STEPS_AN_OCTAVE = 100
+"""Points of a logarithmic chart from N to 2N. TensorBoard smooths over a few points, which would bend N = 1, 2, 4."""
+
+_POINTS_A_STEP = 10
+"""Points from one step of training to the next, for the same reason: three or four steps are all there are."""
+
+_POINTS_MAX = 1000
+"""Points that TensorBoard keeps of a chart."""
+
+_CERTAIN_SCORE = 9.0
+"""Margin in standard deviations from which a bit is never wrong: its chance is 1e-19."""
+
+_DELTA = 1e-6
+_BINS = 100
+
+_WIDTHS = "(, (infinite|this) width)?$"
+_LAYOUT = {
+    f"Convergence against {_STEPS_AN_OCTAVE} log2 N": {
+        **{
+            f"exact match, {decoder} (log2 N)": [
+                "Multiline",
+                [f"exact match by {_STEPS_AN_OCTAVE} log2 N/{decoder}{_WIDTHS}"],
+            ]
+            for decoder in DECODERS
+        },
+        "log10 of the RMS deviation (log2 N)": [
+            "Multiline",
+            [f"log10 RMS deviation by {_STEPS_AN_OCTAVE} log2 N/.*"],
+        ],
+    },
+    "Convergence against N": {
+        **{
+            f"{name}, {decoder}": ["Multiline", [f"{name}/{decoder}{_WIDTHS}"]]
+            for name in ("exact match", "bit accuracy")
+            for decoder in DECODERS
+        },
+        "RMS deviation from the NTK mean": ["Multiline", ["RMS deviation/.*"]],
+    },
+    "Training": {
+        f"log10 of the relative loss by {_POINTS_A_STEP} step": [
+            "Multiline",
+            [f"log10 training loss by {_POINTS_A_STEP} step/.*"],
+        ]
+    },
+}
+"""Charts of the Custom Scalars tab. The same for every run, as TensorBoard adds those of all runs up: a series that a
+run does not have is left out by itself."""
+
+
+@runtime_checkable
+class MetricLogger(Protocol):
+    """What a dashboard needs of a Lightning logger."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Take the values of metrics at a step."""
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        """Take the run's options."""
+
+    def save(self) -> None:
+        """Write what was taken."""
+
+
+class Dashboard:
+    """The charts and figures of one run.
+
+    Charts against N are of the mean of the first N members, in the order of their indices, without those that did not
+    converge: a point for every N, as soon as all members before it have finished.
+
+    Args:
+        store: Directory of the run.
+        experiment: What is trained, how, and on what it is evaluated.
+        loggers: Loggers that get the options and the charts against N too.
+
+    Attributes:
+        directory: Directory of the run.
+        events: What TensorBoard is shown; written now and then, and at the end.
+    """
+
+    def __init__(self, store: RunStore, experiment: Experiment, loggers: Sequence[MetricLogger] = ()) -> None:
+        self.events = EventFile(store.directory)
+        self.directory = store.directory
+        self._store = store
+        self._experiment = experiment
+        self._loggers = loggers
+        self._curves: _Curves | None = None
+        self._losses: list[list[float]] = []
+        self._next = experiment.planned.start
+        self._members_of: dict[str, list[int]] = {}
+        self._all_bands: dict[Decoder, ExactMatchBand] = {}
+        self._write_at = time.monotonic() + _SECONDS_BETWEEN_WRITES
+        self._failed: Exception | None = None
+
+    def cohort_done(self, members: MemberResults) -> None:
+        """Show members that have just been finished, once all members before them have.
+
+        Args:
+            members: Results of a cohort, which is saved.
+        """
+        try:
+            if int(members.indices[0]) == self._next:
+                self._take(members)
+        except Exception as error:
+            self._failed = error
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Show what other processes or an earlier session have finished, if it is time to write again."""
+        if self._failed or time.monotonic() < self._write_at:
+            return
+        started_at = time.monotonic()
+        try:
+            self._take_stored()
+            if self._curves and self._curves.members:
+                self._picture(self._curves.rows())
+                self._write(finished=False)
+        except SaveError:
+            # The disk may have room again at the end, which says so if not.
+            pass
+        except Exception as error:
+            self._failed = error
+        took = time.monotonic() - started_at
+        self._write_at = time.monotonic() + max(_SECONDS_BETWEEN_WRITES, took / _SHARE_OF_TIME)
+
+    def finish(self, members: MemberResults, results: Results) -> list[str]:
+        """Show all members and write everything; whatever becomes of it, the results are there.
+
+        Args:
+            members: All members so far.
+            results: The results that follow from them.
+
+        Returns:
+            What could not be written, a line for each.
+        """
+        failures = []
+        steps: tuple[Callable[[], None], ...] = (lambda: self._draw(results), lambda: self._chart(members))
+        for draw in steps:
+            try:
+                draw()
+            except SaveError as error:
+                failures.append(str(error))
+            except Exception as error:
+                # Whatever a library makes of a machine without fonts, say: a picture is not worth a run.
+                failures.append(
+                    f"{self._store.directory}: the figures cannot be drawn ({type(error).__name__}: {error})"
+                )
+        return failures
+
+    def _draw(self, results: Results) -> None:
+        rows = results["convergence"]
+        # A figure without rows would be empty.
+        if not rows:
+            return
+        self._picture(rows)
+        # Matplotlib takes a while to import.
+        from ntk_ensembles.runs.figures import convergence_figure
+
+        figure = convergence_figure(rows, self._bands(rows), self._title(rows))
+        path = self._store.directory / "figures" / "convergence.png"
+        write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"), follow=False)
+
+    def _chart(self, members: MemberResults) -> None:
+        if self._failed:
+            raise self._failed
+        self._take(members, past_gaps=True)
+        self._write(finished=True)
+
+    def _take_stored(self) -> None:
+        """Take the members that follow the last one from files."""
+        files = self._store.result_files()
+        for path in files:
+            if path.name not in self._members_of:
+                self._members_of[path.name] = self._store.members_of(path)
+        owners = {index: path for path in files for index in self._members_of[path.name]}
+        while self._next in owners:
+            self._take(self._store.load_file(owners[self._next], *self._experiment.limit.mean.shape))
+
+    def _take(self, members: MemberResults, *, past_gaps: bool = False) -> None:
+        """Add members to the charts, in order; past one that is not finished only if nothing more will come."""
+        if self._curves is None:
+            self._curves = _Curves(self._experiment, self.events)
+            for logger in self._loggers:
+                logger.log_hyperparams(_hyperparameters(self._experiment))
+        losses = torch.split(members.losses, members.loss_counts.tolist())
+        for row, index in enumerate(members.indices.tolist()):
+            if index < self._next:
+                continue
+            if index > self._next and not past_gaps:
+                break
+            self._next = index + 1
+            self._losses.append(losses[row].tolist())
+            if members.converged[row]:
+                values = self._curves.add(members.deviations[row])
+                for logger in self._loggers:
+                    logger.log_metrics(values, self._curves.members)
+
+    def _write(self, *, finished: bool) -> None:
+        assert self._curves is not None
+        summary = _summaries()
+        self._curves.add_histograms()
+        for step, values in _loss_points(self._losses):
+            self.events.add_scalars(values, step)
+        self.events.add_summary(summary.custom_scalars(_LAYOUT))
+        for name, text in _texts(self._experiment).items():
+            content = summary.text(name, text)
+            # Without the ending that the function adds to the name.
+            content.value[0].tag = name
+            self.events.add_summary(content)
+        kind, begun, ended = summary.hparams(
+            _hyperparameters(self._experiment), dict.fromkeys(self._curves.final_metrics(), 0.0)
+        )
+        for part in (kind, begun, ended) if finished else (kind, begun):
+            self.events.add_summary(part)
+        self.events.write()
+        for logger in self._loggers:
+            logger.save()
+
+    def _picture(self, rows: Sequence[ConvergenceRow]) -> None:
+        """Put the figure's panels, of the members so far, in the place of earlier ones."""
+        from ntk_ensembles.runs.figures import convergence_panels
+
+        for name, figure in convergence_panels(rows, self._bands(rows), self._title(rows)).items():
+            self.events.add_figure(f"convergence/{name}", figure, dpi=200)
+
+    def _bands(self, rows: Sequence[ConvergenceRow]) -> dict[Decoder, ExactMatchBand]:
+        """Return the bands at the rows' N; they cost the most of a figure, so those of all N are drawn once."""
+        sizes = [row["members"] for row in rows]
+        if not self._all_bands or not set(sizes) <= set(self._all_bands[DECODERS[0]].members):
+            every = sorted({*ensemble_sizes(len(self._experiment.planned)), *sizes})
+            self._all_bands = {decoder: self._experiment.limit.band(every, decoder) for decoder in DECODERS}
+        at = [self._all_bands[DECODERS[0]].members.index(size) for size in sizes]
+        return {
+            decoder: dataclasses.replace(band, members=tuple(sizes), mean=band.mean[at], quantiles=band.quantiles[at])
+            for decoder, band in self._all_bands.items()
+        }
+
+    def _title(self, rows: Sequence[ConvergenceRow]) -> str:
+        task, options = self._experiment.task, self._experiment.options
+        title = f"{task!r}: {len(task.templates)} templates, "
+        title += f"{options.padding} of padding, " if options.padding else ""
+        title += f"width {options.width}, "
+        title += "readout trained, " if options.layers == "readout" else ""
+        title += "corrected labels, " if options.labels == "corrected" else ""
+        return f"{title}{options.init}, {rows[-1]['members']} members".replace("$", r"\$")
+
+
+class _Curves:
+    """Charts of the mean of the first N members, and histograms at N = 1, 2, 4, ….
+
+    Args:
+        experiment: What was trained, and on what it was evaluated.
+        events: Where to add the points.
+
+    Attributes:
+        members: N so far.
+    """
+
+    def __init__(self, experiment: Experiment, events: EventFile) -> None:
+        self.members = 0
+        self._limit = experiment.limit
+        self._events = events
+        self._total = torch.zeros_like(self._limit.mean)
+        self._exact_from = dict.fromkeys(DECODERS, 1)
+        self._rows: list[ConvergenceRow] = []
+        self._logarithmic: dict[str, float] = {}
+        # What is predicted, by its name on a chart; infinite width sees all states, the members' own some of them.
+        self._predictions: dict[str, Prediction] = {"infinite width": experiment.limit}
+        self._states: dict[str, Tensor] = {"infinite width": torch.arange(len(self._limit.mean))}
+        if experiment.at_width is not None:
+            self._predictions["this width"] = experiment.at_width
+            self._states["this width"] = experiment.at_width.rows
+        self._rates = {
+            (name, decoder): _Rates(prediction, decoder)
+            for name, prediction in self._predictions.items()
+            for decoder in DECODERS
+        }
+        self._scores = {
+            name: torch.zeros(_BINS, dtype=torch.float64)
+            for name, prediction in self._predictions.items()
+            if bool((prediction.variance > 0).any())
+        }
+        self._edges = torch.linspace(-5, 5, _BINS + 1, dtype=torch.float64)
+
+    def add(self, deviation: Float[Tensor, "states bits"]) -> dict[str, float]:
+        """Add one member, and return the values of its N by the names of the charts.
+
+        Args:
+            deviation: Its outputs minus the NTK mean.
+        """
+        self.members += 1
+        self._total += deviation
+        for name, counts in self._scores.items():
+            prediction = self._predictions[name]
+            spread = prediction.variance.view(len(prediction.mean), -1).sqrt().expand_as(prediction.mean)
+            varies = spread > 0
+            scores = ((deviation[self._states[name]] - prediction.bias) / spread)[varies]
+            counts += torch.histc(scores.clamp(-5, 5), _BINS, -5, 5)
+        values = self._values()
+        self._events.add_scalars(values, self.members)
+        self._add_logarithmic(values)
+        if self.members & (self.members - 1) == 0:
+            self.add_histograms()
+        return values
+
+    def _values(self) -> dict[str, float]:
+        count, limit = self.members, self._limit
+        mean = limit.mean + self._total / count
+        values: dict[str, float] = {}
+        for decoder in DECODERS:
+            right = decode(mean, limit.thresholds[decoder]) == limit.evaluation.next_states
+            states = right.all(1)
+            if not bool(states.all()):
+                self._exact_from[decoder] = count + 1
+            rates = {"": (float(states.double().mean()), float(right.double().mean()))}
+            for name in self._predictions:
+                rates[f", {name}"] = self._rates[name, decoder](count)
+            for suffix, (exact, bits) in rates.items():
+                values[f"exact match/{decoder}{suffix}"] = exact
+                values[f"bit accuracy/{decoder}{suffix}"] = bits
+            values[f"exact from N on/{decoder}"] = float(self._exact_from[decoder])
+        values["RMS deviation/measured"] = float((self._total / count).square().mean().sqrt())
+        for name, prediction in self._predictions.items():
+            values[f"RMS deviation/{name}"] = prediction.rms_deviation(count)
+        if count & (count - 1) == 0:
+            self._rows.append(self._row(values))
+        self._last = values
+        return values
+
+    def _row(self, values: Mapping[str, float]) -> ConvergenceRow:
+        """Return the row of `convergence_rows` for the first N members, which are one group."""
+        kinds = {"": "", "predicted_": ", infinite width", "finite_width_": ", this width"}
+        known = {prefix: f"exact match/{DECODERS[0]}{suffix}" in values for prefix, suffix in kinds.items()}
+        row: Any = {
+            "members": self.members,
+            "exact_match_spread": dict.fromkeys(DECODERS),
+            "execution_match": None,
+        }
+        for prefix, suffix in kinds.items():
+            for key, name in (("exact_match", "exact match"), ("bit_accuracy", "bit accuracy")):
+                shares = {decoder: values.get(f"{name}/{decoder}{suffix}") for decoder in DECODERS}
+                row[f"{prefix}{key}"] = shares if known[prefix] else None
+            row[f"{prefix}rms_deviation"] = values.get(f"RMS deviation/{suffix[2:] or 'measured'}")
+        return row  # type: ignore[no-any-return]
+
+    def rows(self) -> list[ConvergenceRow]:
+        """Return rows of a figure for 1, 2, 4, … and all members so far."""
+        rows = [row for row in self._rows if row["members"] < self.members]
+        return [*rows, self._row(self._last)]
+
+    def _add_logarithmic(self, values: Mapping[str, float]) -> None:
+        """Draw lines from the last N to this one over log2 N, with a point at every hundredth."""
+        chosen = {}
+        for tag, value in values.items():
+            group, _, name = tag.partition("/")
+            if group == "exact match":
+                chosen[f"{group} by {_STEPS_AN_OCTAVE} log2 N/{name}"] = value
+            elif group == "RMS deviation" and value > 0:
+                chosen[f"log10 {group} by {_STEPS_AN_OCTAVE} log2 N/{name}"] = math.log10(value)
+        end = round(_STEPS_AN_OCTAVE * math.log2(self.members))
+        start = round(_STEPS_AN_OCTAVE * math.log2(self.members - 1)) if self._logarithmic else end - 1
+        for step in range(start + 1, end + 1) if end > start else [end]:
+            share = (step - start) / max(end - start, 1)
+            points = {
+                tag: value if share == 1 else share * value + (1 - share) * self._logarithmic.get(tag, value)
+                for tag, value in chosen.items()
+            }
+            self._events.add_scalars(points, step)
+        self._logarithmic = chosen
+
+    def add_histograms(self) -> None:
+        """Add the histograms of the members so far."""
+        mean = self._limit.mean + self._total / max(self.members, 1)
+        true = self._limit.evaluation.next_states
+        # The zero state is decoded apart, with a margin of its own.
+        seen = (self._limit.evaluation.matches.any(1)[:, None]).expand_as(true)
+        for decoder in DECODERS:
+            margin = margins(mean, self._limit.thresholds[decoder], true)
+            widest = float(margin[seen].abs().max()) if bool(seen.any()) else 1.0
+            for bit in (1, 0):
+                chosen = margin[seen & (true == bool(bit))]
+                counts = torch.histc(chosen, _BINS, -widest, widest)
+                edges = torch.linspace(-widest, widest, _BINS + 1, dtype=torch.float64)
+                self._add_histogram(f"margins, {decoder}/{bit}-bits", counts, edges)
+        for name, counts in self._scores.items():
+            self._add_histogram(f"standardised deviations/{name}", counts, self._edges)
+            normal = torch.special.ndtr(self._edges).diff() * counts.sum()
+            self._add_histogram("standardised deviations/N(0, 1)", normal, self._edges)
+
+    def _add_histogram(self, tag: str, counts: Tensor, edges: Tensor) -> None:
+        filled = counts.nonzero().flatten()
+        if not len(filled):
+            return
+        first, last = int(filled[0]), int(filled[-1]) + 1
+        middles, counts = (edges[first:last] + edges[first + 1 : last + 1]) / 2, counts[first:last]
+        histogram = _summaries().histogram_raw(
+            tag,
+            min=float(edges[first]),
+            max=float(edges[last]),
+            num=float(counts.sum()),
+            sum=float((counts * middles).sum()),
+            sum_squares=float((counts * middles.square()).sum()),
+            bucket_limits=edges[first + 1 : last + 1].tolist(),
+            bucket_counts=counts.tolist(),
+        )
+        self._events.add_summary(histogram, self.members)
+
+    def final_metrics(self) -> list[str]:
+        """Return the names of the charts whose last values tell how a run has ended."""
+        names = ("exact from N on", "exact match", "bit accuracy")
+        # TensorBoard shows the first five at first.
+        return ["RMS deviation/measured", *(f"{name}/{decoder}" for name in names for decoder in DECODERS)]
+
+
+class _Rates:
+    """Exact match and bit accuracy that are predicted of N members, at the cost of the bits that can be wrong.
+
+    Args:
+        prediction: What is predicted.
+        decoder: How the mean is decoded.
+    """
+
+    def __init__(self, prediction: Prediction, decoder: Decoder) -> None:
+        margin = prediction.margins[decoder]
+        states, bits = margin.shape
+        variance = prediction.variance.view(states, -1).expand(states, bits).reshape(-1)
+        flat = margin.reshape(-1)
+        scores = (flat / variance.sqrt()).masked_fill(flat.abs() <= TIE, 0.0)
+        self._scores, order = scores.sort()
+        self._margins, self._variance = flat[order, None], variance[order]
+        self._owners = order // bits
+        self._states, self._bits = states, bits
+
+    def __call__(self, members: int) -> tuple[float, float]:
+        """Return both for ensembles of ``members`` members."""
+        count = int(torch.searchsorted(self._scores, _CERTAIN_SCORE / members**0.5))
+        errors = bit_error_probability(self._margins[:count], self._variance[:count], members)[:, 0]
+        logs = torch.zeros(self._states, dtype=torch.float64).index_add_(0, self._owners[:count], torch.log1p(-errors))
+        return float(logs.exp().mean()), 1 - float(errors.sum()) / (self._states * self._bits)
+
+
+def _summaries() -> Any:
+    """Return PyTorch's functions that make what TensorBoard shows; they take a while to import."""
+    from torch.utils.tensorboard import summary
+
+    return summary
+
+
+def _loss_points(losses: Sequence[Sequence[float]]) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield the logarithms of the worst, the median and the best member's relative loss, by tenths of a step.
+
+    Members that have stopped keep their last loss. What is not finite is left out.
+    """
+    steps = max(map(len, losses), default=0)
+    table = torch.full((len(losses), steps), torch.nan, dtype=torch.float64)
+    for row, own in enumerate(losses):
+        if own and own[0] > 0:
+            relative = torch.tensor(own, dtype=torch.float64) / own[0]
+            table[row] = relative[-1]
+            table[row, : len(own)] = relative
+    table = table.where((table > 0) & table.isfinite(), torch.nan).log10()
+    lines = {
+        "worst": table.nan_to_num(-torch.inf).amax(0),
+        "median": table.nanmedian(0).values,
+        "best": table.nan_to_num(torch.inf).amin(0),
+    }
+    last = _POINTS_A_STEP * (steps - 1)
+    stride = max(1, last // _POINTS_MAX)
+    for point in sorted({*range(0, last + 1, stride), last}) if steps else ():
+        step, share = divmod(point, _POINTS_A_STEP)
+        after = min(step + 1, steps - 1)
+        values = {}
+        for name, line in lines.items():
+            value = float(line[step] + (line[after] - line[step]) * share / _POINTS_A_STEP)
+            if math.isfinite(value):
+                values[f"log10 training loss by {_POINTS_A_STEP} step/{name}"] = value
+        yield point, values
+
+
+def _hyperparameters(experiment: Experiment) -> dict[str, Any]:
+    """Return what runs are compared by: the same five for every task, as TensorBoard shows no more at first."""
+    options = experiment.options
+    return {
+        "task": repr(experiment.task),
+        "width": options.width,
+        "ensemble": options.ensemble,
+        "init": options.init,
+        "labels": options.labels,
+    }
+
+
+def _texts(experiment: Experiment) -> dict[str, str]:
+    """Return the options, the certificate and the command, in Markdown."""
+    options = {name: getattr(experiment.options, name) for name in SAVED_OPTIONS}
+    rows = {"task": experiment.task_spec, **experiment.task.options, **options}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return {
+        "options": f"| option | value |\n| --- | --- |\n{table}",
+        "certificate": _certificate(experiment),
+        "command": f"    {_command(experiment)}",
+    }
+
+
+def _command(experiment: Experiment) -> str:
+    """Return a command that trains the same members."""
+    defaults = RunOptions()
+    changed = {name: getattr(experiment.options, name) for name in SAVED_OPTIONS}
+    changed = {name: value for name, value in changed.items() if value != getattr(defaults, name)}
+    words = ["python", "train.py", "--task", experiment.task_spec]
+    for name, value in {**experiment.task.options, **changed}.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
+
+
+def _certificate(experiment: Experiment) -> str:
+    """Return what the templates promise of all states, with infinite width."""
+    predictor = experiment.limit.predictor
+    bounds = MatchBounds(experiment.task.templates)
+    bits = experiment.task.layout.bits
+    rows = []
+    for decoder in DECODERS:
+        found = certify(predictor, bounds, decoder)
+        verdict = {True: "yes, without a margin" if found.tie else "yes", False: "no", None: "open"}[found.exact]
+        counts = [found.members(_DELTA), found.members(_DELTA, bits * math.log(2))]
+        members = ["none" if count is None else f"{count:,}" for count in counts]
+        margin = "0" if found.tie and found.exact else f"{found.margin:.4g}"
+        rows.append(f"| {decoder} | {verdict} | {margin} | {members[0]} | {members[1]} |")
+    return "\n".join(
+        [
+            f"What the templates promise of all 2^{bits} states, in infinite width, and the members that suffice for a "
+            f"chance of {1 - _DELTA:.7g}.",
+            "",
+            "| decoder | exact | smallest margin | members for any one state | members for all states |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
