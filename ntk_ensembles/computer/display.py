@@ -361,5 +361,6 @@ def _draw_margin(axes: Axes, trace: Trace) -> None:
             ha="right" if late else "left",
             va="top",
         )
+    axes.margins(y=0.2)  # room for the text below the smallest
     axes.set_ylabel("decision margin")
     axes.grid(alpha=0.3)
