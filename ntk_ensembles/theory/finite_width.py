@@ -35,6 +35,8 @@ _ITERATIONS = 100
 """Enough for the corrected labels wherever the expansion means anything; each one gains a factor √(k/n) or better."""
 
 _UNITS_AT_ONCE = 512
+_OUTPUTS_AT_ONCE = 1 << 19
+"""States times units times bits of one step of the variance: enough to keep threads busy, few enough for a cache."""
 
 
 @dataclass(frozen=True)
@@ -165,17 +167,17 @@ class FiniteWidth:
         seen = _through_inverse(self.labels)
         shape = (len(matches), seen.shape[1])
         total, squares = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        groups = _alike(matches, _OUTPUTS_AT_ONCE // (min(_UNITS_AT_ONCE, units) * shape[1]))
         done = 0
         while done < units:
             count = min(_UNITS_AT_ONCE, units - done)
             drawn = torch.randn(count, len(seen), generator=generator)
             block = _Units(drawn, seen.to(drawn.dtype), self._noise())
-            for state, row in enumerate(matches):
-                if int(row.sum()) > 1:
-                    weights = [float(weight) for weight in self.predictor.weights(row.sum()[None])]
-                    values = block.squares(row.nonzero().flatten(), *weights)
-                    total[state] += values.sum(0, dtype=torch.float64)
-                    squares[state] += values.square().sum(0, dtype=torch.float64)
+            for rows, at in groups:
+                weights = [float(weight) for weight in self.predictor.weights(torch.tensor([at.shape[1]]))]
+                values = block.squares(at, *weights)
+                total[rows] += values.sum(1, dtype=torch.float64)
+                squares[rows] += values.square().sum(1, dtype=torch.float64)
             done += count
         mean = total / units
         error = ((squares / units - mean.square()).clamp_min(0) / (units - 1)).sqrt()
@@ -208,30 +210,30 @@ class _Units:
     """Hidden weights of some units, and what of equation (43) is the same for every state."""
 
     def __init__(self, hidden: Tensor, seen: Tensor, noise: tuple[float, float]) -> None:
-        self._hidden, self._seen, self._noise = hidden, seen, noise
+        self._by_template, self._seen, self._noise = hidden.T.contiguous(), seen, noise
         active, values = (hidden > 0).to(hidden.dtype), hidden.relu()
         self._features, self._gated = values @ seen, active @ seen
         self._sum, self._square = values.sum(1), values.square().sum(1)
         self._count = active.sum(1)
 
     def squares(self, at: Tensor, on: float, off: float) -> Tensor:
-        """E[ξ_j²] over the readout and the initial function, for each unit: (units, bits).
+        """E[ξ_j²] over the readout and the initial function, for each state and unit: (states, units, bits).
 
         Args:
-            at: The templates that match the state, at least two.
+            at: The templates that match each state, equally many and at least two: (states, matches).
             on: w_m.
             off: w_u.
         """
-        contrast = on - off
-        hidden = self._hidden.index_select(1, at)
+        contrast, scale = on - off, 1 / math.sqrt(at.shape[1])
+        hidden = self._by_template[at]
         values, active = hidden.relu(), (hidden > 0).to(hidden.dtype)
-        argument = hidden.sum(1) / math.sqrt(len(at))
+        argument = scale * hidden.sum(1)
         gap = argument.relu() - contrast * values.sum(1) - off * self._sum
         # x_i·1[w·x > 0] − v_i is this much above −w_u on the matching templates.
-        inside = (argument > 0).to(values.dtype) / math.sqrt(len(at)) - contrast
-        moved = inside[:, None] * (active @ self._seen.index_select(0, at)) - off * self._gated
-        result = (gap[:, None] * self._features + moved).square() + moved.square()
-        result += moved.square().sum(1, keepdim=True)
+        inside = scale * (argument > 0).to(values.dtype) - contrast
+        moved = inside[..., None] * (active.mT @ self._seen[at]) - off * self._gated
+        result = (gap[..., None] * self._features + moved).square() + moved.square()
+        result += moved.square().sum(2, keepdim=True)
         own, shared = self._noise
         if own:
             # r varies too, with this covariance between templates, independently from bit to bit. The two quadratic
@@ -243,8 +245,27 @@ class _Units:
             gate_sum = inside * count - off * self._count
             both_sum = gap * self._sum + gate_sum
             form = own * gate + shared * gate_sum.square()
-            result += (own * both + shared * both_sum.square() + (self._seen.shape[1] + 1) * form)[:, None]
+            result += (own * both + shared * both_sum.square() + (self._seen.shape[1] + 1) * form)[..., None]
         return result
+
+
+def _alike(matches: Tensor, most: int) -> list[tuple[Tensor, Tensor]]:
+    """Put states together that equally many templates match, at least two: many tensors would be too small for threads.
+
+    Args:
+        matches: Which templates match each state, (states, templates).
+        most: How many states to put together at most; less than 1 is taken for 1.
+
+    Returns:
+        Rows of states, (states,), and the templates that match them, (states, matches).
+    """
+    counts = matches.sum(1)
+    return [
+        (rows, matches[rows].nonzero()[:, 1].view(len(rows), -1))
+        for count in sorted(set(counts.tolist()))
+        if count > 1
+        for rows in (counts == count).nonzero().flatten().split(max(most, 1))
+    ]
 
 
 def _through_inverse(labels: Tensor) -> Tensor:
