@@ -35,6 +35,8 @@ _ITERATIONS = 100
 """Enough for the corrected labels wherever the expansion means anything; each one gains a factor √(k/n) or better."""
 
 _UNITS_AT_ONCE = 512
+_OUTPUTS_AT_ONCE = 1 << 19
+"""States times units times bits of one step of the variance: enough to keep threads busy, few enough for a cache."""
 
 MOVEMENT_MAX = 0.6
 """Largest `FiniteWidth.movement` at which predictions are shown, about that of n = 5k for the tasks here.
@@ -216,17 +218,17 @@ class FiniteWidth:
         independent = self._independent
         shape = (len(matches), seen.shape[1])
         total, squares = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        groups = _alike(matches, _OUTPUTS_AT_ONCE // (min(_UNITS_AT_ONCE, units) * shape[1]))
         done = 0
         while done < units:
             count = min(_UNITS_AT_ONCE, units - done)
             drawn = torch.randn(count, len(seen), generator=generator)
             block = self._units(drawn, seen.to(drawn.dtype))
-            for state, row in enumerate(matches):
-                if int(row.sum()) > 1:
-                    weights = [float(weight) for weight in self.predictor.weights(row.sum()[None])]
-                    values = block.squares(row.nonzero().flatten(), *weights)
-                    total[state] += values.sum(0, dtype=torch.float64)
-                    squares[state] += values.square().sum(0, dtype=torch.float64)
+            for rows, at in groups:
+                weights = [float(weight) for weight in self.predictor.weights(torch.tensor([at.shape[1]]))]
+                values = block.squares(at, *weights)
+                total[rows] += values.sum(1, dtype=torch.float64)
+                squares[rows] += values.square().sum(1, dtype=torch.float64)
             done += count
         mean = total / units
         error = ((squares / units - mean.square()).clamp_min(0) / (units - 1)).sqrt()
@@ -270,30 +272,30 @@ class _Units:
     """
 
     def __init__(self, hidden: Tensor, seen: Tensor, noise: tuple[float, float]) -> None:
-        self._hidden, self._seen, self._noise = hidden, seen, noise
+        self._by_template, self._seen, self._noise = hidden.T.contiguous(), seen, noise
         active, values = (hidden > 0).to(hidden.dtype), hidden.relu()
         self._features, self._gated = values @ seen, active @ seen
         self._sum, self._square = values.sum(1), values.square().sum(1)
         self._count = active.sum(1)
 
     def squares(self, at: Tensor, on: float, off: float) -> Tensor:
-        """E[ξ_j²] over the readout and the initial function, for each unit: (units, bits).
+        """E[ξ_j²] over the readout and the initial function, for each state and unit: (states, units, bits).
 
         Args:
-            at: The templates that match the state, at least two.
+            at: The templates that match each state, equally many and at least two: (states, matches).
             on: w_m.
             off: w_u.
         """
-        contrast = on - off
-        hidden = self._hidden.index_select(1, at)
+        contrast, scale = on - off, 1 / math.sqrt(at.shape[1])
+        hidden = self._by_template[at]
         values, active = hidden.relu(), (hidden > 0).to(hidden.dtype)
         argument, gap = _gap(hidden, values, self._sum, on, off)
-        own, shared = self._noise
         # x_i·1[w·x > 0] − v_i is this much above −w_u on the matching templates.
-        inside = (argument > 0).to(values.dtype) / math.sqrt(len(at)) - contrast
-        moved = inside[:, None] * (active @ self._seen.index_select(0, at)) - off * self._gated
-        result = (gap[:, None] * self._features + moved).square() + moved.square()
-        result += moved.square().sum(1, keepdim=True)
+        inside = scale * (argument > 0).to(values.dtype) - contrast
+        moved = inside[..., None] * (active.mT @ self._seen[at]) - off * self._gated
+        result = (gap[..., None] * self._features + moved).square() + moved.square()
+        result += moved.square().sum(2, keepdim=True)
+        own, shared = self._noise
         if own:
             # r varies too, with this covariance between templates, independently from bit to bit. The two quadratic
             # forms need the squares and the sums of g_i = (x_i·1[w·x > 0] − v_i)·1[w_i > 0] and of G·relu(w_i) + g_i.
@@ -304,7 +306,7 @@ class _Units:
             gate_sum = inside * count - off * self._count
             both_sum = gap * self._sum + gate_sum
             form = own * gate + shared * gate_sum.square()
-            result += (own * both + shared * both_sum.square() + (self._seen.shape[1] + 1) * form)[:, None]
+            result += (own * both + shared * both_sum.square() + (self._seen.shape[1] + 1) * form)[..., None]
         return result
 
 
@@ -322,7 +324,7 @@ class _ReadoutUnits:
     def __init__(
         self, hidden: Tensor, seen: Tensor, labels: Tensor, noise: tuple[float, float], inflation: float
     ) -> None:
-        self._hidden = hidden
+        self._by_template = hidden.T.contiguous()
         values = hidden.relu()
         self._sum = values.sum(1)
         own, shared = noise
@@ -333,20 +335,39 @@ class _ReadoutUnits:
         self._centred = inflation * ((values @ seen).square() - expected) - (taken - taken_expected)[:, None]
 
     def squares(self, at: Tensor, on: float, off: float) -> Tensor:
-        """Return what equation (49) averages over units, for each: (units, bits); the arguments are as of `_Units`."""
-        hidden = self._hidden.index_select(1, at)
+        """Return what equation (49) averages over units, for each: (states, units, bits); arguments as of `_Units`."""
+        hidden = self._by_template[at]
         _, gap = _gap(hidden, hidden.relu(), self._sum, on, off)
-        matched, others = len(at), self._hidden.shape[1] - len(at)
+        matched, others = at.shape[1], len(self._by_template) - at.shape[1]
         covered = matched * on * float(kappa1(torch.tensor(matched**-0.5, dtype=torch.float64)))
         expected = NNGP_DIAGONAL - covered - others * off * ORTHOGONAL
-        return (gap.square() - expected)[:, None] * self._centred + expected * self._expected
+        return (gap.square() - expected)[..., None] * self._centred + expected * self._expected
+
+
+def _alike(matches: Tensor, most: int) -> list[tuple[Tensor, Tensor]]:
+    """Put states together that equally many templates match, at least two: many tensors would be too small for threads.
+
+    Args:
+        matches: Which templates match each state, (states, templates).
+        most: How many states to put together at most; less than 1 is taken for 1.
+
+    Returns:
+        Rows of states, (states,), and the templates that match them, (states, matches).
+    """
+    counts = matches.sum(1)
+    return [
+        (rows, matches[rows].nonzero()[:, 1].view(len(rows), -1))
+        for count in sorted(set(counts.tolist()))
+        if count > 1
+        for rows in (counts == count).nonzero().flatten().split(max(most, 1))
+    ]
 
 
 def _gap(hidden: Tensor, values: Tensor, total: Tensor, on: float, off: float) -> tuple[Tensor, Tensor]:
-    """Return w·x and G of equation (43), (units,) each.
+    """Return w·x and G of equation (43), (states, units) each.
 
     Args:
-        hidden: w at the matching templates, (units, matches).
+        hidden: w at the matching templates, (states, matches, units).
         values: relu(w) there.
         total: Σ_i relu(w_i) over all templates, (units,).
         on: w_m.
