@@ -272,7 +272,7 @@ class _SparseInputs:
     ) -> Float[Tensor, "inputs out_features"]:
         """Return the outputs of the member with these weights."""
         width, features = hidden.shape
-        totals = hidden.new_zeros(self._count, len(readout))
+        totals = hidden.new_zeros(len(readout), self._count)
         by_column = hidden.mT
         stored_by_column = by_column.is_contiguous()
         # The same slices whatever the layout, so that the numbers are the same to the bit.
@@ -286,5 +286,5 @@ class _SparseInputs:
                 mode="sum",
                 per_sample_weights=self._values,
             )
-            add_product(totals, sums.relu_(), readout[:, start : start + units].mT)
-        return totals.mul_(1 / math.sqrt(width * features))
+            add_product(totals, readout[:, start : start + units], sums.relu_().mT)
+        return totals.mul_(1 / math.sqrt(width * features)).mT

@@ -24,7 +24,7 @@ def units_at_once(device: torch.device) -> int:
 
 
 def product(
-    left: Float[Tensor, "*members rows inner"],
+    left: Float[Tensor, "... rows inner"],
     right: Float[Tensor, "*members inner columns"],
     out: Float[Tensor, "*members rows columns"] | None = None,
 ) -> Float[Tensor, "*members rows columns"]:
