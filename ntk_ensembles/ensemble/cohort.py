@@ -16,8 +16,8 @@ from ntk_ensembles.ensemble.network import INITS, Init, MLPStack, cpu_workers
 from ntk_ensembles.errors import OptionError, check_choice, check_range
 
 Precision = Literal["32-true", "bf16-mixed", "64-true"]
-"""Lightning's names. ``bf16-mixed``: the products of a step's update in bfloat16; weights, outputs, residuals
-and predictions in float32."""
+"""Lightning's names. ``bf16-mixed``: products of training in bfloat16, except those of the outputs near the end, by
+which a member is said to have converged; weights, residuals and predictions in float32."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 

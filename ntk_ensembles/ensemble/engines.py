@@ -18,7 +18,7 @@ from torch.func import vjp, vmap
 from torch.nn import functional
 
 from ntk_ensembles.ensemble.network import MLPStack, forward_of, map_members
-from ntk_ensembles.ensemble.products import add_product, product, units_at_once
+from ntk_ensembles.ensemble.products import add_product, product, stored, units_at_once
 from ntk_ensembles.theory.kernels import Layers
 
 EngineChoice = Literal["auto", "functional"]
@@ -162,26 +162,30 @@ class OneHotEngine:
         return self._sweep(cotangents * self._scale, coarse)
 
     def _sweep(self, cotangents: Tensor | None, coarse: bool) -> Tensor:
-        members, width, features = self._hidden.shape
-        totals = self._hidden.new_zeros(members, self._readout.shape[1], features)
+        hidden, readout = self._hidden, self._readout
+        if len(hidden) == 1:
+            # A member by itself is matrices, not a batch of one.
+            hidden, readout = hidden[0], readout[0]
+            cotangents = None if cotangents is None else cotangents[0]
+        (*members, width, features) = hidden.shape
+        totals = hidden.new_zeros(*members, readout.shape[-2], features)
         update_type = torch.bfloat16 if self._bfloat16 else totals.dtype
         output_type = update_type if coarse else totals.dtype
         if cotangents is not None:
-            cotangents = cotangents.to(update_type)
+            cotangents = stored(cotangents.to(update_type))
         size = min(width, units_at_once(totals.device))
         buffers = {
-            dtype: self._hidden.new_empty(2, members, size, features, dtype=dtype)
-            for dtype in {update_type, output_type}
+            dtype: hidden.new_empty(2, *members, size, features, dtype=dtype) for dtype in {update_type, output_type}
         }
         with torch.autocast(totals.device.type, enabled=False):
             for start in range(0, width, size):
                 units = slice(start, start + size)
-                hidden, readout = self._hidden[:, units], self._readout[:, :, units]
+                some, some_readout = hidden[..., units, :], readout[..., units]
                 if cotangents is not None:
-                    self._update(hidden, readout, cotangents, buffers[update_type][:, :, : hidden.shape[1]])
-                active = _relu(hidden, buffers[output_type][0, :, : hidden.shape[1]])
-                add_product(totals, readout.to(output_type), active)
-        return totals.mul_(self._scale)
+                    self._update(some, some_readout, cotangents, buffers[update_type][..., : some.shape[-2], :])
+                active = _relu(some, buffers[output_type][0, ..., : some.shape[-2], :])
+                add_product(totals, some_readout.to(output_type), active)
+        return totals.mul_(self._scale).view(len(self._hidden), *totals.shape[-2:])
 
     def _update(self, hidden: Tensor, readout: Tensor, cotangents: Tensor, buffers: Tensor) -> None:
         """Apply a step to one slice: W1 −= (W2ᵀp)·relu'(W1), W2 −= p·relu(W1)ᵀ, both with the weights before it.
@@ -280,7 +284,7 @@ class _SparseInputs:
     ) -> Float[Tensor, "inputs out_features"]:
         """Return the outputs of the member with these weights."""
         width, features = hidden.shape
-        totals = hidden.new_zeros(self._count, len(readout))
+        totals = hidden.new_zeros(len(readout), self._count)
         by_column = hidden.mT
         stored_by_column = by_column.is_contiguous()
         # The same slices whatever the layout, so that the numbers are the same to the bit.
@@ -294,5 +298,5 @@ class _SparseInputs:
                 mode="sum",
                 per_sample_weights=self._values,
             )
-            add_product(totals, sums.relu_(), readout[:, start : start + units].mT)
-        return totals.mul_(1 / math.sqrt(width * features))
+            add_product(totals, readout[:, start : start + units], sums.relu_().mT)
+        return totals.mul_(1 / math.sqrt(width * features)).mT

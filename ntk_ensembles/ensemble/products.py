@@ -24,7 +24,7 @@ def units_at_once(device: torch.device) -> int:
 
 
 def product(
-    left: Float[Tensor, "*members rows inner"],
+    left: Float[Tensor, "... rows inner"],
     right: Float[Tensor, "*members inner columns"],
     out: Float[Tensor, "*members rows columns"] | None = None,
 ) -> Float[Tensor, "*members rows columns"]:
@@ -35,7 +35,7 @@ def product(
     would be faster for large members is not measured.
 
     Args:
-        left: A factor. A transposed view of stored rows costs no copy, here and in ``right``.
+        left: A factor, or what `stored` made of one. A transposed view of rows costs no copy, here and in ``right``.
         right: The other factor, of the same type; or of one dimension more, for members that share ``left``.
         out: Memory that may be used for the result.
     """
@@ -72,6 +72,15 @@ def add_product(
         total.addmm_(left, right, alpha=alpha)
     else:
         total.baddbmm_(left, right, alpha=alpha)
+
+
+def stored(factor: Float[Tensor, "*members rows columns"]) -> Tensor:
+    """Return a factor of many products in a form in which it need not be copied for each of them.
+
+    Args:
+        factor: What stands in the products as it is, not transposed.
+    """
+    return factor.to_mkldnn() if factor.dim() == 2 and _takes_onednn(factor, factor) else factor
 
 
 @cache
@@ -113,12 +122,16 @@ def _by_onednn(left: Float[Tensor, "rows inner"], right: Float[Tensor, "inner co
     copied. They want one factor in oneDNN's own storage, which is a copy, so let ``left`` be the smaller one.
     """
     aten = torch.ops.aten
-    (inner, columns) = right.shape
     result: Tensor
-    if right.stride(0) == 1 and inner > 1:
-        result = functional.linear(left.to_mkldnn(), right.mT).to_dense()
-    elif left.stride(0) == 1 and len(left) > 1:
-        (result, _) = aten.mkldnn_linear_backward_weights(left.mT.to_mkldnn(), right.to_mkldnn(), right, False)
+    if not right.is_mkldnn and right.stride(0) == 1 and len(right) > 1:
+        result = functional.linear(_in_onednn(left), right.mT).to_dense()
+    elif not left.is_mkldnn and left.stride(0) == 1 and len(left) > 1:
+        (result, _) = aten.mkldnn_linear_backward_weights(_in_onednn(left.mT), _in_onednn(right), right, False)
     else:
-        result = aten.mkldnn_linear_backward_input([len(left), columns], left.to_mkldnn(), right).to_dense()
+        size, right = [len(left), right.shape[1]], right.to_dense() if right.is_mkldnn else right
+        result = aten.mkldnn_linear_backward_input(size, _in_onednn(left), right).to_dense()
     return result
+
+
+def _in_onednn(factor: Tensor) -> Tensor:
+    return factor if factor.is_mkldnn else factor.to_mkldnn()

@@ -76,7 +76,8 @@ class RunOptions:
     above 0 where there are enough (ntk-ensembles certify)."""
 
     precision: Precision = "32-true"
-    """Lightning's names; bf16-mixed computes the products of a step's update in bfloat16 and all else in float32."""
+    """Lightning's names; bf16-mixed computes the products of training in bfloat16, except near its end, and all else in
+    float32."""
 
     accelerator: Accelerator = "auto"
     """Where to train; auto takes a GPU if there is one."""

@@ -266,6 +266,37 @@ def test_bfloat16_products_reach_the_same_loss(engine: Any) -> None:
     assert stack.hidden.dtype == torch.float32
 
 
+@pytest.mark.parametrize("engine", ["auto", "functional"])
+@pytest.mark.parametrize("tolerance", [0.3, 1e-3, 1e-7])
+def test_only_outputs_of_the_weights_own_type_say_that_a_member_has_converged(engine: Any, tolerance: float) -> None:
+    stack = stack_of(1, 2048, torch.float32)
+    (status,) = trained(stack, DescentOptions(tolerance=tolerance, engine=engine), bfloat16=True).statuses
+    assert status.converged
+    residuals = stack(EYE.float())[0].detach().double() - LABELS
+    # The outputs in bfloat16 are off by a loss of 1e-6 of the first, which the last of these would show.
+    assert status.losses[-1] == pytest.approx(float(residuals.square().mean()), rel=1e-2, abs=1e-13)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
+def test_a_resumed_descent_in_bfloat16_takes_the_same_steps_to_the_bit(stop_after: int) -> None:
+    options = DescentOptions(tolerance=1e-9, steps_max=40)
+    whole = stack_of(2, 600, torch.float32)
+    expected = trained(whole, options, bfloat16=True)
+    stack = stack_of(2, 600, torch.float32)
+    descent = Descent(stack, options, bfloat16=True)
+    descent.bind(EYE, LABELS)
+    for _ in range(stop_after):
+        descent.step()
+    resumed = Descent(stack, options, bfloat16=True)
+    resumed.load_state_dict(copy.deepcopy(descent.state_dict()))
+    resumed.bind(EYE, LABELS)
+    while resumed.running:
+        resumed.step()
+    assert resumed.statuses == expected.statuses
+    assert torch.equal(stack.hidden, whole.hidden)
+    assert torch.equal(stack.readout, whole.readout)
+
+
 @pytest.mark.parametrize(
     ("inputs", "labels", "says"),
     [

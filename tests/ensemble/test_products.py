@@ -1,0 +1,79 @@
+"""Products by either library against float64, whatever is transposed, sliced or empty."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from ntk_ensembles.ensemble import products
+from ntk_ensembles.ensemble.products import add_product, processor, product, stored, units_at_once
+
+LIBRARIES = [False, pytest.param(True, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason=""))]
+
+
+def forms(matrix: Tensor) -> list[Tensor]:
+    """The same numbers as rows, as a transposed view of rows, and as columns of a wider matrix."""
+    wider = torch.full((len(matrix), matrix.shape[1] + 3), torch.nan, dtype=matrix.dtype)
+    wider[:, 2:-1] = matrix
+    return [matrix, matrix.T.contiguous().T, wider[:, 2:-1]]
+
+
+@pytest.mark.parametrize("onednn", LIBRARIES)
+@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("inner", [1, 2, 33])
+@pytest.mark.parametrize("columns", [1, 2, 17])
+def test_products_are_those_of_float64(
+    rows: int, inner: int, columns: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(rows, inner, generator=generator), torch.randn(inner, columns, generator=generator)
+    expected = left.double() @ right.double()
+    # float32 sums of at most 33 terms of size 1; bfloat16 has 8 bits, in both factors and in the result.
+    for factors in itertools.product([*forms(left), stored(left)], [*forms(right), stored(right)]):
+        torch.testing.assert_close(product(*factors).double(), expected, rtol=0, atol=1e-5)
+        total = torch.ones(rows, columns)
+        add_product(total, *factors, alpha=-2.0)
+        torch.testing.assert_close(total.double(), 1 - 2 * expected, rtol=0, atol=2e-5)
+    low = product(left.bfloat16(), right.bfloat16())
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.double(), expected, rtol=2**-7, atol=2**-7 * inner**0.5 * 2)
+
+
+@pytest.mark.parametrize("onednn", LIBRARIES)
+@pytest.mark.parametrize("members", [1, 3])
+def test_members_are_multiplied_each_by_itself(members: int, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(members, 5, 9, generator=generator), torch.randn(members, 9, 7, generator=generator)
+    expected = torch.einsum("eij,ejk->eik", left.double(), right.double())
+    torch.testing.assert_close(product(left, right).double(), expected, rtol=0, atol=1e-5)
+    total = torch.zeros(members, 5, 7)
+    add_product(total, left, right)
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-5)
+    shared = torch.einsum("ij,ejk->eik", left[0].double(), right.double())
+    torch.testing.assert_close(product(left[0], right).double(), shared, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("onednn", LIBRARIES)
+def test_products_without_terms_are_zero(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    assert product(torch.zeros(2, 0), torch.zeros(0, 3)).tolist() == [[0.0] * 3] * 2
+    assert product(torch.zeros(0, 4), torch.zeros(4, 3)).shape == (0, 3)
+
+
+def test_slices_are_of_the_device_and_what_no_system_tells_is_none() -> None:
+    assert units_at_once(torch.device("cpu")) == 512
+    assert units_at_once(torch.device("meta")) == 1024
+    assert processor("no such field") is None
+
+
+def test_without_the_file_nothing_is_known_of_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(self: object, encoding: str) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("pathlib.Path.read_text", missing)
+    assert processor("model name") is None
