@@ -45,9 +45,9 @@ _ROUNDING = 1e-13
 
 _COVERS = (
     "This covers the mean of infinitely wide members trained to convergence, and, where members are counted, the "
-    "Gaussian spread of infinitely wide members around it. It does not cover what a finite width adds (with both layers "
-    "trained a shift of the mean of order √(templates/width), and some spread), members that have not converged, or "
-    "rounding: train.py measures those."
+    "Gaussian spread of infinitely wide members around it. It does not cover what a finite width adds (with both "
+    "layers trained a shift of the mean of order √(templates/width), and some spread), members that have not "
+    "converged, or rounding: train.py measures those."
 )
 _INPUTS_SEEN = 1000
 """Number of inputs that show in which bits trajectories begin."""
