@@ -98,6 +98,7 @@ def test_the_computer(capsys: pytest.CaptureFixture[str]) -> None:
         "branch": "nonpositive",
         "instructions": 100,
         "seed": 3,
+        "layers": "both",
     }
     assert found["failures"] == 0
     assert SBN(4, 4, "nonpositive").micro_steps_per_instruction * row["instructions"] <= row["micro_steps"]

@@ -49,7 +49,7 @@ def test_a_loaded_ensemble_predicts_and_executes(directory: Path) -> None:
     torch.testing.assert_close(ensemble.members(encoded).double().mean(0), ensemble.predict(states), rtol=0, atol=1e-5)
     limit = Experiment(TASK, OPTIONS).limit
     expected = decode(ensemble.predict(states), limit.thresholds["midpoint"])
-    assert torch.equal(ensemble.step(states).decoded, expected)
+    assert torch.equal(ensemble.step(states).batch, expected)
     assert ensemble.execute([(3, 4), (7, 7)]) == [7, 14]
 
 
