@@ -210,6 +210,7 @@ def command_lines(generator: random.Random, run: Path, folder: Path) -> Iterator
     }
     shared = {"--evaluation-states": "numbers", "--evaluation-seed": "numbers"}
     train = {f"--{name}": "numbers" for name in ("width", "ensemble", "seed", "tolerance", "steps", "cohort", "bits")}
+    train |= {"--padding": "numbers", "--layers": "words"}
     train |= {f"--{name}": "words" for name in ("init", "loss", "precision", "accelerator", "engine", "keep-weights")}
     train |= {"--first-member": "numbers", "--config": "config", "--task": "task", "--resume": "runs", "--out": "out"}
     train |= {**shared, "--devices": "devices", "--nonsense": "words", "--cells": "numbers"}
@@ -218,6 +219,7 @@ def command_lines(generator: random.Random, run: Path, folder: Path) -> Iterator
         "--delta": "numbers",
         "--bits": "numbers",
         "--padding": "numbers",
+        "--layers": "words",
         "--config": "config",
     }
     kinds: list[tuple[list[str], dict[str, str]]] = [

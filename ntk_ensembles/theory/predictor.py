@@ -61,8 +61,8 @@ class TemplatePredictor:
     """The infinitely wide ensemble trained on a task's templates, as look-ups by s, C_j and F_j.
 
     A prediction depends on the input only through s (the number of templates that match) and, for each bit j, on C_j
-    (the number of these that set it) and F_j (the number of all that set it). The tables over s = 0 … k are made once,
-    in float64, in O(k) time.
+    (the number of these that set it) and F_j (the number of all that set it). The tables over all possible s are made
+    once, in float64, in time proportional to the number of templates.
 
     Args:
         templates: Templates of the task: X = I_k, Y = their labels.
@@ -94,7 +94,7 @@ class TemplatePredictor:
         self.antisymmetric = antisymmetric
         self.size = len(templates) + padding
         self.fan_in = templates.fan_in
-        num_matches = torch.arange(self.size + 1, dtype=torch.float64)
+        num_matches = torch.arange(len(templates) + 1, dtype=torch.float64)
         cosine = num_matches.clamp_min(1).rsqrt()
         gap = self.kernel.gap
         excess = self.kernel.profile(cosine) - ORTHOGONAL
@@ -105,7 +105,7 @@ class TemplatePredictor:
         self._unmatched_weight = unmatched_weight * some
         self._contrast = excess / gap * some
         self._kappa1_excess = (kappa1(cosine) - ORTHOGONAL) * some
-        counts = torch.arange(self.size + 1)
+        counts = torch.arange(len(templates) + 1)
         # A variance is not negative; the sum's last rounding can be.
         self._variance = self._covariance(counts, counts, num_matches).clamp_min(0)
 
@@ -151,7 +151,7 @@ class TemplatePredictor:
         """Return w_m and w_u: what each matching and each other template that sets a bit adds to its mean.
 
         Args:
-            num_matches: Number of templates s that match each state, 0 to k.
+            num_matches: Number of templates s that match each state, 0 to ``len(templates)``.
 
         Returns:
             w_m and w_u; both 0 where s = 0.
@@ -163,7 +163,7 @@ class TemplatePredictor:
         """Return the variance of one member's output, the same for every bit; exactly 0 where s is 0 or 1.
 
         Args:
-            num_matches: Number of templates s that match each state, 0 to k.
+            num_matches: Number of templates s that match each state, 0 to ``len(templates)``.
         """
         return self._variance[num_matches]
 
@@ -176,7 +176,7 @@ class TemplatePredictor:
         """Return w_m·C_j + w_u·(F_j − C_j), the mean output of infinitely many, infinitely wide members.
 
         Args:
-            num_matches: Number of templates s that match each state, 0 to k.
+            num_matches: Number of templates s that match each state, 0 to ``len(templates)``.
             set_counts: Number C_j of matching templates that set bit j.
             fan_in: Number F_j of all templates that set bit j.
         """

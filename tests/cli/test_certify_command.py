@@ -44,12 +44,34 @@ def test_the_sign_rule_that_cannot_be_exact_names_bit_group_and_padding(capsys: 
     printed = " ".join(capsys.readouterr().out.split())
     assert "sign fails at bit shift[0]" in printed
     assert "of group 'skip addition'" in printed
-    assert "padding templates (without a label)" in printed
+    assert "sign is exact with --padding " in printed
     found = certificate(capsys, "--task", "multiplication", "--bits", "3", "--decode", "sign", status=1)
     sign = found["decoders"]["sign"]
     assert sign["all_states"]["exact"] is False
     assert sign["padding"]["all_states"] >= sign["padding"]["reachable"] >= 0
     assert "midpoint" not in found["decoders"]
+
+
+@pytest.mark.parametrize("layers", ["both", "readout"])
+def test_the_padding_that_is_asked_for_is_enough(layers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--task", "multiplication", "--bits", "3", "--decode", "sign", "--layers", layers]
+    needed = certificate(capsys, *arguments, status=1)["decoders"]["sign"]["padding"]["all_states"]
+    assert needed > 0
+    found = certificate(capsys, *arguments, "--padding", str(needed))
+    assert (found["templates"], found["padding"], found["layers"]) == (51, needed, layers)
+    assert found["decoders"]["sign"]["all_states"]["exact"] is True
+    certificate(capsys, *arguments, "--padding", str(needed - 1), status=1)
+    assert main(["certify", *arguments, "--padding", str(needed), *SMALL]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"k = 51 templates and {needed} of padding" in printed
+    assert ("the readout alone trained" in printed) == (layers == "readout")
+    assert "sign is exact with" not in printed
+
+
+def test_corrected_labels_of_the_readout_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--task", "addition", "--bits", "3", "--width", "500", "--layers", "readout"]
+    assert main(["certify", *arguments, "--labels", "corrected"]) == 2
+    assert "--labels corrected: expected plain where the readout alone is trained" in capsys.readouterr().err
 
 
 def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:

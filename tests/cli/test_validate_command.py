@@ -66,6 +66,21 @@ def test_estimates_are_marked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "Numbers with ≈ are estimates" in printed
 
 
+@pytest.mark.parametrize("layers", ["both", "readout"])
+def test_layers_and_padding(layers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--task", "multiplication", "--bits", "2", "--decode", "sign", "--layers", layers]
+    asked = validated(capsys, *arguments, "--padding", "77")["rows"][0]["tallies"]["sign"]
+    assert (asked["padding"], asked["failures"]) == (77, 0)
+    own = validated(capsys, *arguments)["rows"][0]["tallies"]["sign"]
+    assert (own["padding"] < 77, own["failures"]) == (True, 0)
+    # 0-bits lose margin to padding, 1-bits gain.
+    assert own["smallest_margin_ones"] < asked["smallest_margin_ones"]
+    midpoint = validated(capsys, "--task", "addition", "--bits", "2", "--layers", layers, "--decode", "midpoint")
+    assert midpoint["rows"][0]["tallies"]["midpoint"]["padding"] == 0
+    assert main(["validate", *arguments, "--padding", "77"]) == 0
+    assert "+ n: with n padding templates." in capsys.readouterr().out
+
+
 def test_one_decoder(capsys: pytest.CaptureFixture[str]) -> None:
     found = validated(capsys, "--task", "addition", "--max-bits", "2", "--decode", "sign")
     assert [list(row["tallies"]) for row in found["rows"]] == [["sign"], ["sign"]]
@@ -83,6 +98,7 @@ def test_the_computer(capsys: pytest.CaptureFixture[str]) -> None:
         "branch": "nonpositive",
         "instructions": 100,
         "seed": 3,
+        "layers": "both",
     }
     assert found["failures"] == 0
     assert SBN(4, 4, "nonpositive").micro_steps_per_instruction * row["instructions"] <= row["micro_steps"]

@@ -101,6 +101,23 @@ def test_steps_are_those_of_members() -> None:
         assert abs(measured.steps(width, 1e-6) - steps) <= 1.5
 
 
+def test_the_readout_and_padding_are_planned_for_and_trained() -> None:
+    choices, _ = plan(TASK, 0.9, decoders=["midpoint"], layers="readout", padding=9, evaluation_states=100)
+    assert {choice.labels for choice in choices} == {"plain"}
+    assert {choice.init for choice in choices} == {"gaussian", "antisymmetric"}
+    predictors = {
+        init: TemplatePredictor(TASK.templates, 9, layers="readout", antisymmetric=init == "antisymmetric")
+        for init in ("gaussian", "antisymmetric")
+    }
+    evaluation = EvaluationSet.sample(TASK, 100, 0)
+    for choice in choices:
+        assert "--layers readout --padding 9" in choice.command
+        limit = LimitPrediction(TASK, evaluation, predictors[choice.init])
+        found = WidthPrediction(limit, FiniteWidth(predictors[choice.init], choice.width), units=128)
+        assert found.exact_match(choice.members, "midpoint") >= 0.9
+        assert choice.members == 1 or found.exact_match(choice.members - 1, "midpoint") < 0.9
+
+
 @pytest.mark.slow
 def test_trained_ensembles_reach_the_target(planned: tuple[list, Calibration]) -> None:  # type: ignore[type-arg]
     """At 8k, 32k and 128k: on average over 100 ensembles, within half of what may be wrong."""
