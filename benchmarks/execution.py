@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ntk_ensembles.training.environment import environment as recorded_environment
+from ntk_ensembles.runs.results import environment as recorded_environment
 from timing import rate
 from torch import Tensor
 

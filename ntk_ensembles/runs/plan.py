@@ -24,6 +24,7 @@ from ntk_ensembles.theory import (
     FiniteWidth,
     Labels,
     LimitPrediction,
+    Prediction,
     TemplatePredictor,
     WidthPrediction,
 )
@@ -242,7 +243,7 @@ def _members(
     return found
 
 
-def smallest_reaching(prediction: WidthPrediction, decoder: Decoder, exact: float, most: int) -> int | None:
+def smallest_reaching(prediction: Prediction, decoder: Decoder, exact: float, most: int) -> int | None:
     """Return the smallest N whose expected exact match reaches a target; None if not even ``most`` members do.
 
     Args:
