@@ -99,9 +99,9 @@ def main() -> None:
 def compare(python: str, rounds: int, folder: Path) -> dict[str, Any]:
     """Return all figures, task by task."""
     import torch
-    from ntk_ensembles.runs.results import environment
 
     from ntk_ensembles import SBN, Addition, EvaluationSet, Multiplication
+    from ntk_ensembles.runs.results import environment
     from ntk_ensembles.theory import NTKExecutor, rollout
 
     torch.set_num_threads(1)

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ntk_ensembles.runs.results import environment as recorded_environment
 from timing import rate
 from torch import Tensor
 
 from ntk_ensembles import SBN, TemplatePredictor
+from ntk_ensembles.runs.results import environment as recorded_environment
 from ntk_ensembles.tasks import Program
 from ntk_ensembles.theory import decode, margins, thresholds
 from ntk_ensembles.theory.executor import NTKExecutor, rollout
