@@ -24,6 +24,7 @@ from ntk_ensembles.theory import (
     Labels,
     Layers,
     LimitPrediction,
+    Prediction,
     TemplatePredictor,
     WidthPrediction,
 )
@@ -253,7 +254,7 @@ def _members(
     return found
 
 
-def smallest_reaching(prediction: WidthPrediction, decoder: Decoder, exact: float, most: int) -> int | None:
+def smallest_reaching(prediction: Prediction, decoder: Decoder, exact: float, most: int) -> int | None:
     """Return the smallest N whose expected exact match reaches a target; None if not even ``most`` members do.
 
     Args:
