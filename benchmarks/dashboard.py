@@ -26,7 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "width-8192": {"width": 8192},
     "antisymmetric-1024": {"width": 1024, "init": "antisymmetric"},
 }
-TAB, WIDTH, HEIGHT = "custom_scalars", 1560, 1010
+TAB, WIDTH, HEIGHT = "custom_scalars", 1560, 1130
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SECONDS_TO_LOAD = 60
 
