@@ -101,12 +101,15 @@ class EventFile:
             events.append(Event(wall_time=added_at, step=step, summary=Summary(value=values)))
         for event in events:
             records.write(event.SerializeToString())
-        earlier = list(self._folder.glob(f"events.out.tfevents.*{_SUFFIX}"))
+        earlier = sorted(self._folder.glob(f"events.out.tfevents.*{_SUFFIX}"))
         # TensorBoard takes any file with this in its name, and reads files of one folder in the order of their names.
         path = self._folder / f"events.out.tfevents.{time.time_ns()}{_SUFFIX}"
         write_atomically(path, lambda part: part.write_bytes(content.getvalue()), follow=False)
-        for file in earlier:
+        for file in earlier[:-1]:
             file.unlink(missing_ok=True)
+        for file in earlier[-1:]:
+            # A TensorBoard without its fast loader goes on to the next file only from one that is there.
+            write_atomically(file, Path.touch, follow=False)
 
     def _add(self, content: Mapping[str, Any], step: int) -> None:
         now = time.time()

@@ -11,6 +11,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -54,6 +55,8 @@ _CERTAIN_SCORE = 9.0
 
 _DELTA = 1e-6
 _BINS = 100
+_SCORE_MAX = 5.0
+"""Standardised deviations beyond it are counted in the outermost bins."""
 
 _WIDTHS = "(, (infinite|this) width)?$"
 _LAYOUT = {
@@ -219,6 +222,10 @@ class Dashboard:
 
     def _take(self, members: MemberResults, *, past_gaps: bool = False) -> None:
         """Add members to the charts, in order; past one that is not finished only if nothing more will come."""
+        with _one_thread():
+            self._add(members, past_gaps)
+
+    def _add(self, members: MemberResults, past_gaps: bool) -> None:
         if self._curves is None:
             self._curves = _Curves(self._experiment, self.events)
             for logger in self._loggers:
@@ -316,12 +323,16 @@ class _Curves:
             for name, prediction in self._predictions.items()
             for decoder in DECODERS
         }
-        self._scores = {
-            name: torch.zeros(_BINS, dtype=torch.float64)
-            for name, prediction in self._predictions.items()
-            if bool((prediction.variance > 0).any())
-        }
-        self._edges = torch.linspace(-5, 5, _BINS + 1, dtype=torch.float64)
+        self._scores: dict[str, Tensor] = {}
+        self._standard: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, prediction in self._predictions.items():
+            variance = prediction.variance.view(len(prediction.mean), -1).expand_as(prediction.mean)
+            if bool((variance > 0).any()):
+                # What does not vary has no standardised deviation; not a number is in no bin.
+                scale = variance.rsqrt().masked_fill(variance <= 0, torch.nan)
+                self._standard[name] = scale.float(), (prediction.bias * scale).float()
+                self._scores[name] = torch.zeros(_BINS, dtype=torch.float64)
+        self._edges = torch.linspace(-_SCORE_MAX, _SCORE_MAX, _BINS + 1, dtype=torch.float64)
 
     def add(self, deviation: Float[Tensor, "states bits"]) -> dict[str, float]:
         """Add one member, and return the values of its N by the names of the charts.
@@ -332,11 +343,9 @@ class _Curves:
         self.members += 1
         self._total += deviation
         for name, counts in self._scores.items():
-            prediction = self._predictions[name]
-            spread = prediction.variance.view(len(prediction.mean), -1).sqrt().expand_as(prediction.mean)
-            varies = spread > 0
-            scores = ((deviation[self._states[name]] - prediction.bias) / spread)[varies]
-            counts += torch.histc(scores.clamp(-5, 5), _BINS, -5, 5)
+            scale, shift = self._standard[name]
+            scores = deviation[self._states[name]].float() * scale - shift
+            counts += torch.histc(scores.clamp_(-_SCORE_MAX, _SCORE_MAX), _BINS, -_SCORE_MAX, _SCORE_MAX)
         values = self._values()
         self._events.add_scalars(values, self.members)
         self._add_logarithmic(values)
@@ -478,6 +487,17 @@ class _Rates:
         errors = bit_error_probability(self._margins[:count], self._variance[:count], members)[:, 0]
         logs = torch.zeros(self._states, dtype=torch.float64).index_add_(0, self._owners[:count], torch.log1p(-errors))
         return float(logs.exp().mean()), 1 - float(errors.sum()) / (self._states * self._bits)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch compute on one thread: for many small steps, threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _summaries() -> Any:
