@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "benchmarks" / "README.md"]
 THEORY = ROOT / "docs" / "theory.md"
 
-COMMANDS = ("certify", "evaluate", "merge", "plan", "run", "validate")
+COMMANDS = ("certify", "evaluate", "merge", "plan", "report", "run", "validate")
 """Those of ``ntk-ensembles``; ``train.py`` comes beside them."""
 
 

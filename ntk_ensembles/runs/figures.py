@@ -249,8 +249,8 @@ def standardised_chart(found: Sequence[StandardisedDeviations], whose: str, name
     return Chart(
         name,
         f"Deviations standardised by {whose}",
-        f"Deviation from the mean that {whose} predicts, over the predicted standard deviation: the closer to the "
-        "black curve, N(0, 1), the better the prediction. Bits of one ensemble share its members, so a single large "
+        "Deviation from the predicted mean over the predicted standard deviation: the closer to the black curve, "
+        "N(0, 1), the better the prediction. Bits of one ensemble share its members, so a single large "
         "ensemble need not follow it.",
         functools.partial(_draw_standardised, found=found),
     )
@@ -373,7 +373,7 @@ def _draw_compared(axes: Axes, curves: Sequence[Curve], decoder: Decoder | None)
     for i, curve in enumerate(curves):
         colour, marker = _PALETTE[i % len(_PALETTE)], _MARKERS[(i + i // len(_PALETTE)) % len(_MARKERS)]
         # Points that coincide stay visible as rings about each other.
-        ring = {"markerfacecolor": "none", "markersize": max(9 - 2 * i, 4), "markeredgewidth": 1.5}
+        diameter = max(9 - 2 * i, 4)
         members = [row["members"] for row in curve.rows]
         if decoder is None:
             measured = [row["rms_deviation"] for row in curve.rows]
@@ -386,7 +386,16 @@ def _draw_compared(axes: Axes, curves: Sequence[Curve], decoder: Decoder | None)
             finite = [values[decoder] if values else None for values in at_width]
         _draw_theory(axes, members, infinite, "--", colour)
         _draw_theory(axes, members, finite, "-", colour)
-        axes.plot(members, measured, marker, color=colour, label=plain(curve.label), **ring)  # type: ignore[arg-type]
+        axes.plot(
+            members,
+            measured,
+            marker,
+            color=colour,
+            markerfacecolor="none",
+            markersize=diameter,
+            markeredgewidth=1.5,
+            label=plain(curve.label),
+        )
     _explain_lines(axes)
     if decoder is None:
         _deviations_axis(axes)
@@ -487,20 +496,28 @@ def _draw_needed(
 ) -> None:
     for decoder, found in needed.items():
         colour, marker = _COLOURS[decoder], _MARKERS[DECODERS.index(decoder)]
-
-        def points(values: Sequence[int | None]) -> tuple[list[int], list[int]]:
-            pairs = [(size, value) for size, value in zip(sizes, values, strict=True) if value is not None]
-            return [size for size, _ in pairs], [value for _, value in pairs]
-
-        infinite = points([one.infinite for one in found])
-        axes.plot(*infinite, "--", color=colour, linewidth=1, label=f"{decoder}, infinite width")
-        at_width = points([one.at_width for one in found])
-        open_marker = {"markerfacecolor": "none", "markersize": 9, "linestyle": "none"}
-        axes.plot(*at_width, marker, color=colour, label=f"{decoder}, its width", **open_marker)  # type: ignore[arg-type]
-        measured = points([one.measured for one in found])
-        axes.plot(*measured, marker, color=colour, markersize=5, label=f"{decoder}, measured")
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        for values, words, style, filled in (
+            ([one.infinite for one in found], "infinite width", "--", colour),
+            ([one.at_width for one in found], "its width", marker, "none"),
+            ([one.measured for one in found], "measured", marker, colour),
+        ):
+            reached = [place for place, value in enumerate(values) if value is not None]
+            if reached:
+                axes.plot(
+                    [sizes[place] for place in reached],
+                    [value for value in values if value is not None],
+                    style,
+                    color=colour,
+                    linewidth=1,
+                    markerfacecolor=filled,
+                    markersize=9 if filled == "none" else 5,
+                    label=f"{decoder}, {words}",
+                )
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.9), max(high, 12))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 2000 else (1,)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xticks(sorted(set(sizes)))
     axes.minorticks_off()
     axes.set(xlabel=plain(axis), ylabel="members needed, N")

@@ -312,10 +312,9 @@ def _compare(page: _Page, reported: Sequence[_Reported]) -> None:
     headings = ("run", "task", "directory", "width n", "members are", "members", "exact from N", "RMS deviation")
     page.add([TextTable("Runs; the deviation is that of all members", headings, rows, names=3)])
     converged = [one for one in reported if one.results["convergence"]]
-    if len(converged) > 1:
-        page.charts(comparison_charts([Curve(one.label, one.results["convergence"]) for one in converged]))
-    page.charts([*_width_charts(converged), *_size_charts(converged)])
-    page.charts([seconds_chart([(one.label, one.seconds) for one in reported])])
+    charts = comparison_charts([Curve(one.label, one.results["convergence"]) for one in converged]) if converged else []
+    charts += [*_width_charts(converged), *_size_charts(converged)]
+    page.charts([*charts, seconds_chart([(one.label, one.seconds) for one in reported])])
 
 
 def _width_charts(reported: Sequence[_Reported]) -> list[Chart]:
@@ -504,17 +503,16 @@ def _distributions(page: _Page, one: _Reported, prefix: str, members: int | None
         for size in sizes
     )
     page.heading("Standardised deviations", level)
-    rows = []
+    rows, charts = [], []
     for whose, prediction, name in (
         ("infinite width", limit, "infinite"),
         (f"width {one.results['width']:,}", at_width, "finite"),
     ):
-        measured = (
-            [standardised_deviations(limit, prediction, deviations, size) for size in sizes] if prediction else []
-        )
+        measured = [standardised_deviations(limit, prediction, deviations, n) for n in sizes] if prediction else []
         if found := [each for each in measured if each]:
-            page.charts([standardised_chart(found, whose, f"{prefix}standardised-{name}")])
+            charts.append(standardised_chart(found, whose, f"{prefix}standardised-{name}"))
             rows += [[whose, f"{each.members:,}", f"{each.mean:.3f}", f"{each.deviation:.3f}"] for each in found]
+    page.charts(charts)
     if rows:
         headings = ("by the theory of", "N", "mean (theory: 0)", "standard deviation (theory: 1)")
         page.add([TextTable("Deviations over what is predicted", headings, rows)])
@@ -552,11 +550,10 @@ def _failures_table(decoder: Decoder, members: int, bits: Sequence[BitFailures])
         low, high = bit.num_matches
         words = []
         if bit.missed:
-            words.append(f"missed although set by {_groups_in_words(bit.setting)}")
+            words.append(f"set by {_groups_in_words(bit.setting)}")
         if bit.invented:
-            count = sum(bit.silent.values())
-            can = f"the {count} that can set it ({_groups_in_words(bit.silent)})" if count else "any template"
-            words.append(f"invented without {can}")
+            able = sum(bit.silent.values())
+            words.append(f"none of {able} matched: {_groups_in_words(bit.silent)}" if able else "no template sets it")
         rows.append(
             [
                 bit.name,
@@ -574,16 +571,23 @@ def _failures_table(decoder: Decoder, members: int, bits: Sequence[BitFailures])
         f"{decoder}, N = {members:,}: {len(failing)} of {len(bits)} bits were read wrongly, of {readings:,} readings "
     )
     title += "each (states times groups of members)"
-    headings = ("bit", "templates", "1 read as 0", "0 read as 1", "rate", "infinite width", "this width", "matching s")
-    parts: list[Part] = [TextTable(title, headings, rows, names=2)]
+    headings = ("bit", "templates", "1 read as 0", "0 read as 1", "measured", "infinite width", "this width", "s")
+    text = "A bit has a line if it was ever read wrongly. Templates: those that set a 1 that was read as 0, with the "
+    text += (
+        "number of such readings, and those that can set a 0 that was read as 1, none of which matched. The rates are "
+    )
+    text += (
+        "shares of all readings, measured and predicted; s is the number of templates that match the failing states."
+    )
+    parts: list[Part] = [TextTable(title, headings, rows, names=2), Paragraph(text, "note")]
     if others := failing[_BITS_SHOWN:]:
-        count = sum(bit.missed + bit.invented for bit in others)
-        parts.append(Paragraph(f"{len(others)} more bits were read wrongly {count:,} times together.", "note"))
+        wrong = sum(bit.missed + bit.invented for bit in others)
+        parts.append(Paragraph(f"{len(others)} more bits were read wrongly {wrong:,} times together.", "note"))
     return parts
 
 
 def _groups_in_words(groups: Mapping[str, int]) -> str:
-    shown = [f"'{name}' {count:,}" for name, count in itertools.islice(groups.items(), _GROUPS_SHOWN)]
+    shown = [f"{name} {number:,}" for name, number in itertools.islice(groups.items(), _GROUPS_SHOWN)]
     return ", ".join(shown) + (", …" if len(groups) > _GROUPS_SHOWN else "")
 
 
@@ -637,16 +641,20 @@ h2 { font-size: 1.35rem; margin-top: 2.5rem; border-top: 1px solid #ccc; padding
 h3 { font-size: 1.1rem; margin-top: 1.8rem; }
 p { max-width: 46rem; overflow-wrap: anywhere; }
 nav ul { padding-left: 1.2rem; columns: 18rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 1.5rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem 1.5rem; }
 figure { margin: 0; max-width: 36rem; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: 0.9rem; color: #444; }
-.table { overflow-x: auto; margin: 1rem 0; }
+.table { display: inline-block; vertical-align: top; max-width: 100%; overflow-x: auto; margin: 0.6rem 2.5rem 0.6rem 0;
+}
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
 caption { text-align: left; font-weight: 600; padding-bottom: 0.3rem; }
 th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #888; font-weight: 600; }
-.name { text-align: left; overflow-wrap: anywhere; min-width: 4rem; max-width: 26rem; }
+.name { text-align: left; max-width: 26rem; }
+td { white-space: nowrap; }
+td.name { white-space: normal; overflow-wrap: break-word; }
+@media (max-width: 32rem) { th, td { padding: 0.2rem 0.4rem; } }
 .warning { border-left: 4px solid #D55E00; padding: 0.3rem 0.8rem; background: #fdf1ea; }
 .note { color: #555; }
 pre { background: #f4f4f4; padding: 0.7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -686,16 +694,20 @@ class _Page:
 
     def charts(self, charts: Iterable[Chart]) -> None:
         """Draw charts, and add them side by side as far as there is room."""
-        figures = [self._figure(chart) for chart in charts]
+        listed = list(charts)
+        captions = [chart.caption for chart in listed]
+        shared = [caption for caption in dict.fromkeys(captions) if captions.count(caption) > 1]
+        self.add(Paragraph(caption, "note") for caption in shared)
+        figures = [self._figure(chart, "" if chart.caption in shared else chart.caption) for chart in listed]
         if figures:
             self._body.append(f'<div class="charts">{"".join(figures)}</div>')
 
-    def _figure(self, chart: Chart) -> str:
+    def _figure(self, chart: Chart, caption: str) -> str:
         data = base64.b64encode(chart.save(self._folder)).decode("ascii")
         words = html.escape(f"{chart.title}. {chart.caption}")
         return (
             f'<figure id="{html.escape(chart.name)}"><img alt="{words}" src="data:image/svg+xml;base64,{data}">'
-            f"<figcaption>{html.escape(chart.caption)}</figcaption></figure>"
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
     def text(self, title: str) -> str:
