@@ -52,13 +52,13 @@ class TextTable:
         title: Words above it.
         headings: Heading of each column.
         rows: Cells of each row.
-        names: How many of the first columns are names, which stand at the left; the others are numbers.
+        words: Columns of words, which stand at the left; the others are of numbers.
     """
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
-    names: int = 1
+    words: Sequence[int] = (0,)
 
 
 Part: TypeAlias = Paragraph | TextTable
@@ -79,7 +79,7 @@ def print_parts(parts: Iterable[Part], console: Console) -> None:
             continue
         table = Table(title=part.title, title_justify="left")
         for place, heading in enumerate(part.headings):
-            table.add_column(heading, justify="left" if place < part.names else "right")
+            table.add_column(heading, justify="left" if place in part.words else "right")
         for row in part.rows:
             table.add_row(*row)
         console.print(table)

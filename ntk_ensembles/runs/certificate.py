@@ -43,7 +43,7 @@ def describe_certificate(certificate: Mapping[str, Any], task: str) -> list[Part
             f"(proven); {sampled['min']} to {sampled['max']} seen on {sampled['states']} sampled states."
         ),
         Paragraph(f"Templates that set a bit (fan-in F): {fan_in['min']} to {fan_in['max']} ({fan_in['max_bit']})."),
-        TextTable("worst case of the infinitely wide ensemble", headings, worst, names=2),
+        TextTable("worst case of the infinitely wide ensemble", headings, worst, words=(0, 1)),
         _sufficient(chance, certificate["decoders"], sampled["states"]),
         Paragraph("By the union bound over bits and states of exact Gaussian tails."),
     ]

@@ -247,9 +247,13 @@ def _certify(run: Run, known: dict[str, dict[str, Any] | str]) -> dict[str, Any]
         found = known[key]
         if isinstance(found, str) or options.loss != "whitened":
             return found
-        antisymmetric = options.init == "antisymmetric"
         at_width = certify_width(
-            experiment.task, options.width, antisymmetric=antisymmetric, labels=options.labels, **states
+            experiment.task,
+            options.width,
+            antisymmetric=options.init == "antisymmetric",
+            labels=options.labels,
+            prediction=experiment.at_width,
+            **states,
         )
         return {**found, "at_width": at_width}
     except (ValueError, RuntimeError) as error:
@@ -310,7 +314,7 @@ def _compare(page: _Page, reported: Sequence[_Reported]) -> None:
             ]
         )
     headings = ("run", "task", "directory", "width n", "members are", "members", "exact from N", "RMS deviation")
-    page.add([TextTable("Runs; the deviation is that of all members", headings, rows, names=3)])
+    page.add([TextTable("Runs; the deviation is that of all members", headings, rows, words=(0, 1, 2))])
     converged = [one for one in reported if one.results["convergence"]]
     charts = comparison_charts([Curve(one.label, one.results["convergence"]) for one in converged]) if converged else []
     charts += [*_width_charts(converged), *_size_charts(converged)]
@@ -463,7 +467,7 @@ def _convergence_tables(one: _Reported) -> list[Part]:
                 ]
             )
         headings = ("N", "measured", "infinite width", "this width", "bits right", "executions right")
-        tables.append(TextTable(f"Exact match by {decoder}: measured and predicted", headings, cells, names=0))
+        tables.append(TextTable(f"Exact match by {decoder}: measured and predicted", headings, cells, words=()))
     deviations = [
         [
             f"{row['members']:,}",
@@ -474,7 +478,7 @@ def _convergence_tables(one: _Reported) -> list[Part]:
         for row in rows
     ]
     title = "RMS deviation from the NTK mean"
-    tables.append(TextTable(title, ("N", "measured", "infinite width", "this width"), deviations, names=0))
+    tables.append(TextTable(title, ("N", "measured", "infinite width", "this width"), deviations, words=()))
     return tables
 
 
@@ -557,13 +561,13 @@ def _failures_table(decoder: Decoder, members: int, bits: Sequence[BitFailures])
         rows.append(
             [
                 bit.name,
-                "; ".join(words),
                 f"{bit.missed:,}",
                 f"{bit.invented:,}",
                 f"{bit.measured:.3g}",
                 f"{bit.predicted:.3g}",
                 "-" if bit.at_width is None else f"{bit.at_width:.3g}",
                 str(low) if low == high else f"{low} to {high}",
+                "; ".join(words),
             ]
         )
     readings = bits[0].readings
@@ -571,7 +575,7 @@ def _failures_table(decoder: Decoder, members: int, bits: Sequence[BitFailures])
         f"{decoder}, N = {members:,}: {len(failing)} of {len(bits)} bits were read wrongly, of {readings:,} readings "
     )
     title += "each (states times groups of members)"
-    headings = ("bit", "templates", "1 read as 0", "0 read as 1", "measured", "infinite width", "this width", "s")
+    headings = ("bit", "1 read as 0", "0 read as 1", "measured", "infinite width", "this width", "s", "templates")
     text = "A bit has a line if it was ever read wrongly. Templates: those that set a 1 that was read as 0, with the "
     text += (
         "number of such readings, and those that can set a 0 that was read as 1, none of which matched. The rates are "
@@ -579,7 +583,7 @@ def _failures_table(decoder: Decoder, members: int, bits: Sequence[BitFailures])
     text += (
         "shares of all readings, measured and predicted; s is the number of templates that match the failing states."
     )
-    parts: list[Part] = [TextTable(title, headings, rows, names=2), Paragraph(text, "note")]
+    parts: list[Part] = [TextTable(title, headings, rows, words=(0, 7)), Paragraph(text, "note")]
     if others := failing[_BITS_SHOWN:]:
         wrong = sum(bit.missed + bit.invented for bit in others)
         parts.append(Paragraph(f"{len(others)} more bits were read wrongly {wrong:,} times together.", "note"))
@@ -611,11 +615,11 @@ def _options(one: _Reported) -> list[Part]:
     values = {"task": experiment.task_spec, **experiment.task.options}
     values |= {name: getattr(experiment.options, name) for name in SAVED_OPTIONS}
     parts: list[Part] = [
-        TextTable("Options", ("option", "value"), [[name, str(value)] for name, value in values.items()], names=2)
+        TextTable("Options", ("option", "value"), [[name, str(value)] for name, value in values.items()], words=(0, 1))
     ]
     rows = [[name, value] for name, value in _flat(one.recorded.get("environment", {}))]
     if rows:
-        parts.append(TextTable("Where members were trained", ("what", "value"), rows, names=2))
+        parts.append(TextTable("Where members were trained", ("what", "value"), rows, words=(0, 1)))
     return parts
 
 
@@ -649,12 +653,14 @@ figcaption { font-size: 0.9rem; color: #444; }
 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
 caption { text-align: left; font-weight: 600; padding-bottom: 0.3rem; }
+caption span { display: block; position: sticky; left: 0; max-width: calc(100vw - 2.5rem); }
 th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
 th { border-bottom: 2px solid #888; font-weight: 600; }
 .name { text-align: left; max-width: 26rem; }
 td { white-space: nowrap; }
 td.name { white-space: normal; overflow-wrap: break-word; }
-@media (max-width: 32rem) { th, td { padding: 0.2rem 0.4rem; } }
+td.name:last-child { min-width: 14rem; }
+@media (max-width: 40rem) { th, td { padding: 0.2rem 0.4rem; } .table { margin-right: 0; } }
 .warning { border-left: 4px solid #D55E00; padding: 0.3rem 0.8rem; background: #fdf1ea; }
 .note { color: #555; }
 pre { background: #f4f4f4; padding: 0.7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -723,11 +729,11 @@ class _Page:
 
 def _table(table: TextTable) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
-        kinds = [' class="name"' if place < table.names else "" for place in range(len(cells))]
+        kinds = [' class="name"' if place in table.words else "" for place in range(len(cells))]
         inner = "".join(f"<{tag}{kind}>{html.escape(text)}</{tag}>" for kind, text in zip(kinds, cells, strict=True))
         return f"<tr>{inner}</tr>"
 
     body = "".join(row(cells, "td") for cells in table.rows)
-    caption = f"<caption>{html.escape(table.title)}</caption>"
+    caption = f"<caption><span>{html.escape(table.title)}</span></caption>"
     head = f"<thead>{row(table.headings, 'th')}</thead>"
     return f'<div class="table"><table>{caption}{head}<tbody>{body}</tbody></table></div>'
