@@ -278,8 +278,8 @@ def failures_chart(failures: Mapping[Decoder, tuple[int, Sequence[BitFailures]]]
         f"{prefix}failures",
         "Failure rate of each bit",
         "A point is a bit of the state. On the diagonal the measured rate is the predicted one (of the members' own "
-        "width where that is known, otherwise of infinite width). Bits that never failed stand on the lower edge, and those that "
-        "are expected to fail less often still on the left one.",
+        "width where that is known, otherwise of infinite width). Bits that never failed stand on the lower edge, and "
+        "those that are expected to fail less often still on the left one.",
         lambda axes: _draw_failures(axes, failures),
     )
 
