@@ -516,10 +516,11 @@ def _draw_needed(
                 )
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.9), max(high, 12))
+    axes.set_ylim(min(low, 0.9), max(1.2 * high, 12))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 2000 else (1,)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xticks(sorted(set(sizes)))
+    if len(set(sizes)) <= 8:
+        axes.set_xticks(sorted(set(sizes)))
     axes.minorticks_off()
     axes.set(xlabel=plain(axis), ylabel="members needed, N")
     axes.grid(alpha=0.3)
