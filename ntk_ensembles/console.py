@@ -1,14 +1,17 @@
-"""Consoles that commands print to, and the one progress display."""
+"""Consoles that commands print to, texts and tables for them and for pages, and the one progress display."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal, TypeAlias
 
 from rich import progress
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 20.0
@@ -26,6 +29,60 @@ def console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     # A pipe has no width; rich would assume 80 columns and break the cells of tables.
     return Console(stderr=stderr) if stream.isatty() else Console(stderr=stderr, width=_WIDTH_OF_A_PIPE)
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Sentences of an output.
+
+    Attributes:
+        text: The sentences, in plain text.
+        kind: ``warning`` where something is wrong, ``note`` for what need not be read.
+    """
+
+    text: str
+    kind: Literal["text", "warning", "note"] = "text"
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Table of an output, in plain text.
+
+    Attributes:
+        title: Words above it.
+        headings: Heading of each column.
+        rows: Cells of each row.
+        words: Columns of words, which stand at the left; the others are of numbers.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Sequence[int] = (0,)
+
+
+Part: TypeAlias = Paragraph | TextTable
+"""What an output consists of."""
+
+
+def print_parts(parts: Iterable[Part], console: Console) -> None:
+    """Print paragraphs and tables.
+
+    Args:
+        parts: What to print.
+        console: Console to print on.
+    """
+    styles = {"text": None, "warning": "bold red", "note": "dim"}
+    for part in parts:
+        if isinstance(part, Paragraph):
+            console.print(part.text, style=styles[part.kind], highlight=False, markup=False)
+            continue
+        table = Table(title=part.title, title_justify="left")
+        for place, heading in enumerate(part.headings):
+            table.add_column(heading, justify="left" if place in part.words else "right")
+        for row in part.rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 class Progress:

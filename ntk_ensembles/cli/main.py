@@ -37,6 +37,7 @@ from ntk_ensembles.files import SaveError
 COMMANDS: dict[str, str] = {
     "train": "train an ensemble, as train.py does",
     "evaluate": "evaluate a run again: other states, another decoder, other numbers of members",
+    "report": "draw and tabulate one run, or several side by side, on one HTML page",
     "merge": "put runs that trained different members into one",
     "certify": "compute what is exact, and with how many members, before any training",
     "plan": "find the width, the members and the labels that reach a target, and their cost on this machine",

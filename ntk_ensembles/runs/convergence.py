@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import torch
@@ -57,10 +57,25 @@ def convergence_rows(
     return [_row(limit, deviations, members, at_width) for members in sizes]
 
 
+def group_means(
+    deviations: Float[Tensor, "members states bits"], members: int
+) -> Iterator[Float[Tensor, "_groups states bits"]]:
+    """Yield the means over all disjoint groups of consecutive members, some groups at a time, in float32.
+
+    Args:
+        deviations: Deviations of members in the order of their indices, any float dtype.
+        members: Members N of a group, from 1 to their number. Those that do not fill a last group are left out.
+    """
+    groups = len(deviations) // members
+    together = max(_NUMBERS_AT_ONCE // (members * deviations[0].numel()), 1)
+    for start in range(0, groups, together):
+        chunk = deviations[start * members : min(start + together, groups) * members]
+        yield chunk.view(-1, members, *chunk.shape[1:]).mean(1, dtype=torch.float32)
+
+
 def _row(limit: LimitPrediction, deviations: Tensor, members: int, at_width: WidthPrediction | None) -> ConvergenceRow:
     evaluation = limit.evaluation
     groups = len(deviations) // members
-    together = max(_NUMBERS_AT_ONCE // (members * deviations[0].numel()), 1)
     # Which trajectory each of their states belongs to; one is right if no state of it is wrong.
     trajectories = evaluation.trajectories
     steps = torch.cat(trajectories) if trajectories else torch.empty(0, dtype=torch.int64)
@@ -69,9 +84,7 @@ def _row(limit: LimitPrediction, deviations: Tensor, members: int, at_width: Wid
     exact: dict[Decoder, list[Tensor]] = {decoder: [] for decoder in DECODERS}
     right_bits = dict.fromkeys(DECODERS, 0)
     right_trajectories = dict.fromkeys(DECODERS, 0)
-    for start in range(0, groups, together):
-        chunk = deviations[start * members : min(start + together, groups) * members]
-        means = chunk.view(-1, members, *chunk.shape[1:]).mean(1, dtype=torch.float32)
+    for means in group_means(deviations, members):
         squares += float(means.square().sum(dtype=torch.float64))
         for decoder in DECODERS:
             right = decode(limit.mean + means, limit.thresholds[decoder]) == evaluation.next_states

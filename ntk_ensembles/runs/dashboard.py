@@ -266,10 +266,10 @@ class Dashboard:
 
     def _picture(self, rows: Sequence[ConvergenceRow]) -> None:
         """Put the figure's panels, of the members so far, in the place of earlier ones."""
-        from ntk_ensembles.runs.figures import convergence_panels
+        from ntk_ensembles.runs.figures import convergence_charts
 
-        for name, figure in convergence_panels(rows, self._bands(rows), self._title(rows)).items():
-            self.events.add_figure(f"convergence/{name}", figure, dpi=200)
+        for chart in convergence_charts(rows, self._bands(rows), ""):
+            self.events.add_figure(f"convergence/{chart.name}", chart.figure(self._title(rows)), dpi=200)
 
     def _bands(self, rows: Sequence[ConvergenceRow]) -> dict[Decoder, ExactMatchBand]:
         """Return the bands at the rows' N; they cost the most of a figure, so those of all N are drawn once."""
@@ -290,7 +290,7 @@ class Dashboard:
         title += f"width {options.width}, "
         title += "readout trained, " if options.layers == "readout" else ""
         title += "corrected labels, " if options.labels == "corrected" else ""
-        return f"{title}{options.init}, {rows[-1]['members']} members".replace("$", r"\$")
+        return f"{title}{options.init}, {rows[-1]['members']} members"
 
 
 class _Curves:

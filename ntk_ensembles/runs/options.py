@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -302,3 +304,16 @@ class Experiment:
             device_type or self.device.type,
         )
         return {**found, "labels": options.labels, "padding": options.padding}
+
+
+def train_command_line(spec: str, options: Mapping[str, Any]) -> str:
+    """Return the command line that trains with these options.
+
+    Args:
+        spec: Text that selects the task.
+        options: Options of the task and of the run, by name.
+    """
+    words = ["ntk-ensembles", "train", "--task", spec]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from ntk_ensembles.ensemble import DescentOptions, Init, Recipe, choose_cohort, predict, train_members
 from ntk_ensembles.ensemble.cohort import COHORT_MAX
 from ntk_ensembles.ensemble.network import cpu_workers
-from ntk_ensembles.runs.options import RunOptions
+from ntk_ensembles.runs.options import RunOptions, train_command_line
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
 from ntk_ensembles.theory import (
     LABELS,
@@ -312,12 +311,8 @@ def _choice(
         members * (training + evaluated),
         cohort * recipe.training_bytes,
         measured.seconds(width, members, steps),
-        _command(task, {"width": width, "ensemble": members, "labels": labels, "init": init, **others}),
+        train_command_line(
+            task_spec(task),
+            {**task.options, "width": width, "ensemble": members, "labels": labels, "init": init, **others},
+        ),
     )
-
-
-def _command(task: Task[Any, Any], options: dict[str, Any]) -> str:
-    words = ["ntk-ensembles", "train", "--task", task_spec(task)]
-    for name, value in {**task.options, **options}.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(words)

@@ -201,11 +201,11 @@ def print_rows(rows: Sequence[ConvergenceRow], console: Console, decoders: Seque
     for row in rows:
         cells = [str(row["members"])]
         cells += [
-            f"{_percent(row['exact_match'][decoder])} ({_percent(row['predicted_exact_match'][decoder])})"
+            f"{percent(row['exact_match'][decoder])} ({percent(row['predicted_exact_match'][decoder])})"
             for decoder in decoders
         ]
         if row["execution_match"]:
-            cells.append(_percent(row["execution_match"]["midpoint"]))
+            cells.append(percent(row["execution_match"]["midpoint"]))
         cells.append(f"{row['rms_deviation']:.2e} ({row['predicted_rms_deviation']:.2e})")
         table.add_row(*cells)
     console.print(table)
@@ -243,7 +243,7 @@ def print_finite_width(
         exact, deviation = row["finite_width_exact_match"], row["finite_width_rms_deviation"]
         assert exact is not None
         assert deviation is not None
-        cells = [f"{_percent(row['exact_match'][decoder])} ({_percent(exact[decoder])})" for decoder in decoders]
+        cells = [f"{percent(row['exact_match'][decoder])} ({percent(exact[decoder])})" for decoder in decoders]
         table.add_row(str(row["members"]), *cells, f"{row['rms_deviation']:.2e} ({deviation:.2e})")
     console.print(table)
 
@@ -262,8 +262,12 @@ def exact_from(rows: Sequence[ConvergenceRow]) -> int | None:
     return smallest
 
 
-def _percent(share: float) -> str:
-    """Return a share in percent, never rounded up to 100% or down to 0%: those mean all and none."""
+def percent(share: float) -> str:
+    """Return a share in percent, never rounded up to 100% or down to 0%: those mean all and none.
+
+    Args:
+        share: Share from 0 to 1.
+    """
     text = f"{100 * share:.2f}%"
     if text == "100.00%" and share < 1:
         return "<100%"

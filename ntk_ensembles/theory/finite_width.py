@@ -404,9 +404,7 @@ class WidthPrediction(Prediction):
         self, limit: LimitPrediction, finite: FiniteWidth, *, units: int = _UNITS, states_max: int = _STATES_MAX
     ) -> None:
         self.finite = finite
-        states = len(limit.mean)
-        count = min(states, states_max)
-        self.rows: Int64[Tensor, " rows"] = torch.arange(count) * states // count
+        self.rows = rows_at_equal_distances(len(limit.mean), states_max)
         matches = limit.evaluation.matches[self.rows]
         bias = self.finite.bias(matches)
         estimate = self.finite.variance(matches, generator=torch.Generator().manual_seed(0), units=units)
@@ -417,3 +415,14 @@ class WidthPrediction(Prediction):
         thresholds = {decoder: values[self.rows] for decoder, values in limit.thresholds.items()}
         next_states = limit.evaluation.next_states[self.rows]
         super().__init__(limit.mean[self.rows] + bias, variance, thresholds, next_states, bias)
+
+
+def rows_at_equal_distances(states: int, states_max: int = _STATES_MAX) -> Int64[Tensor, " rows"]:
+    """Return the indices of the evaluation states that stand for all: all, or as many as are wanted.
+
+    Args:
+        states: Number of evaluation states, at least 1.
+        states_max: Number of states wanted at most; 1,024 by default.
+    """
+    count = min(states, states_max)
+    return torch.arange(count) * states // count

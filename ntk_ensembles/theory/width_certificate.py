@@ -165,6 +165,7 @@ def certify_width(
     delta: float = 1e-6,
     evaluation_states: int = 1000,
     evaluation_seed: int = 0,
+    prediction: WidthPrediction | None = None,
 ) -> dict[str, Any]:
     """Return how many members a task is expected to need at a finite width, as plain values.
 
@@ -179,6 +180,8 @@ def certify_width(
         delta: Chance δ of any wrong bit that the members needed must stay below, between 0 and 1.
         evaluation_states: Number of evaluation states to sample, at least 1.
         evaluation_seed: Seed of the evaluation states.
+        prediction: What this width predicts of these evaluation states, where that is known already; by default it is
+            computed.
 
     Raises:
         ValueError: An argument is outside its range.
@@ -187,7 +190,8 @@ def certify_width(
     predictor = TemplatePredictor(task.templates, padding, layers=layers, antisymmetric=antisymmetric)
     finite = FiniteWidth(predictor, width, corrected=labels == "corrected")
     evaluation = EvaluationSet.sample(task, evaluation_states, evaluation_seed)
-    prediction = WidthPrediction(LimitPrediction(task, evaluation, predictor), finite)
+    if prediction is None:
+        prediction = WidthPrediction(LimitPrediction(task, evaluation, predictor), finite)
     scopes = scopes_of(task, evaluation_seed)
     spread = spread_at_width(finite, states_of_all_densities(task, evaluation))
     rows: dict[str, Any] = {}

@@ -200,7 +200,7 @@ def test_texts_and_pictures(logdir: Path) -> None:
     assert "| midpoint | yes |" in texts["certificate"]
     assert texts["command"].split()[:4] == ["python", "train.py", "--task", "addition"]
     assert "--width 256" in texts["command"]
-    for tag in ("convergence/exact match", "convergence/RMS deviation"):
+    for tag in ("convergence/exact-match", "convergence/deviation"):
         (image,) = events.Images(tag)
         width, height = Image.open(io.BytesIO(image.encoded_image_string)).size
         assert (width, height) == (image.width, image.height)
