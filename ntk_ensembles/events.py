@@ -63,7 +63,7 @@ class EventFile:
 
         content = io.BytesIO()
         figure.savefig(content, dpi=dpi, format="png")
-        width, height = (int(dpi * inches) for inches in figure.get_size_inches())
+        width, height = (round(dpi * inches) for inches in figure.get_size_inches())
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=content.getvalue())
         self.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), global_step)
 

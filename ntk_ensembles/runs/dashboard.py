@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torch import Tensor
 from ntk_ensembles.events import EventFile
 from ntk_ensembles.files import SaveError, write_atomically
 from ntk_ensembles.runs.convergence import ConvergenceRow, ensemble_sizes
-from ntk_ensembles.runs.options import SAVED_OPTIONS, Experiment, RunOptions
+from ntk_ensembles.runs.options import SAVED_OPTIONS, Experiment
 from ntk_ensembles.runs.results import Results
 from ntk_ensembles.runs.store import MemberResults, RunStore
 from ntk_ensembles.templates.bounds import MatchBounds
@@ -558,19 +557,8 @@ def _texts(experiment: Experiment) -> dict[str, str]:
     return {
         "options": f"| option | value |\n| --- | --- |\n{table}",
         "certificate": _certificate(experiment),
-        "command": f"    {_command(experiment)}",
+        "command": f"    {experiment.command_line}",
     }
-
-
-def _command(experiment: Experiment) -> str:
-    """Return a command that trains the same members."""
-    defaults = RunOptions()
-    changed = {name: getattr(experiment.options, name) for name in SAVED_OPTIONS}
-    changed = {name: value for name, value in changed.items() if value != getattr(defaults, name)}
-    words = ["python", "train.py", "--task", experiment.task_spec]
-    for name, value in {**experiment.task.options, **changed}.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
 
 
 def _certificate(experiment: Experiment) -> str:

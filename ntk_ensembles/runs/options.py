@@ -186,6 +186,16 @@ class Experiment:
         """Text that selects the task on a command line."""
         return self.task.spec if isinstance(self.task, RecordedTask) else task_spec(self.task)
 
+    @property
+    def command_line(self) -> str:
+        """Command line that trains the same members."""
+        chosen = {name: getattr(self.options, name) for name in SAVED_OPTIONS}
+        usual = {name: RunOptions.__dataclass_fields__[name].default for name in SAVED_OPTIONS}
+        kept = ("width", "ensemble")
+        options = {name: value for name, value in chosen.items() if name in kept or value != usual[name]}
+        own = {name: value for name, value in self.task.options.items() if value is not None}
+        return train_command_line(self.task_spec, own | options)
+
     @cached_property
     def evaluation(self) -> EvaluationSet:
         """The states that members are evaluated on."""

@@ -42,7 +42,7 @@ from ntk_ensembles.runs.figures import (
     standardised_chart,
     width_chart,
 )
-from ntk_ensembles.runs.options import SAVED_OPTIONS, RunOptions, train_command_line
+from ntk_ensembles.runs.options import SAVED_OPTIONS
 from ntk_ensembles.runs.plan import MEMBERS_MAX, smallest_reaching
 from ntk_ensembles.runs.results import Results, exact_from, percent, results_of
 from ntk_ensembles.runs.run import Run, TaskOrClass, prepare_directory
@@ -119,17 +119,6 @@ class _Reported:
             if rest >= 0:
                 found["saving and the rest"] = rest
         return found
-
-    @property
-    def command(self) -> str:
-        """Command line that trains such a run."""
-        experiment = self.run.experiment
-        chosen = {name: getattr(experiment.options, name) for name in SAVED_OPTIONS}
-        usual = {name: RunOptions.__dataclass_fields__[name].default for name in SAVED_OPTIONS}
-        kept = ("width", "ensemble")
-        options = {name: value for name, value in chosen.items() if name in kept or value != usual[name]}
-        own = {name: value for name, value in experiment.task.options.items() if value is not None}
-        return train_command_line(experiment.task_spec, own | options)
 
 
 def write_report(
@@ -416,7 +405,7 @@ def _describe(page: _Page, one: _Reported, prefix: str, members: int | None) -> 
         page.charts([seconds_chart([("", one.seconds)])])
     page.add(_time(one))
     page.heading("Options, versions, command", level)
-    page.code(one.command)
+    page.code(one.run.experiment.command_line)
     page.add(_options(one))
 
 

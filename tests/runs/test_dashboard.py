@@ -198,7 +198,7 @@ def test_texts_and_pictures(logdir: Path) -> None:
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags}
     assert "| width | 256 |" in texts["options"]
     assert "| midpoint | yes |" in texts["certificate"]
-    assert texts["command"].split()[:4] == ["python", "train.py", "--task", "addition"]
+    assert texts["command"].split()[:4] == ["ntk-ensembles", "train", "--task", "addition"]
     assert "--width 256" in texts["command"]
     for tag in ("convergence/exact-match", "convergence/deviation"):
         (image,) = events.Images(tag)
