@@ -24,5 +24,5 @@ def merge_command(arguments: list[str], prog: str) -> int:
     options = parser.parse(arguments)
     run, results = merge_runs([Path(name) for name in options["runs"]], options["out"])
     print_report(results, run.directory, console())
-    print_warnings(run.draw(run.member_results(), results), console())
+    print_warnings(run.draw(run.statuses(), results), console())
     return 0

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ntk_ensembles.files import SaveError, write_atomically
-from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows
+from ntk_ensembles.runs.convergence import ConvergenceRow, rows_of_blocks
+from ntk_ensembles.runs.groups import Measure
 from ntk_ensembles.runs.options import Experiment
 from ntk_ensembles.runs.store import STAGES, MemberResults, RunStore
 from ntk_ensembles.theory import DECODERS, Decoder
@@ -88,13 +89,12 @@ def results_of(
 
     Args:
         experiment: What was trained, how, and on what it was evaluated.
-        members: All members so far, at least one.
+        members: All members so far, at least one, with sums over aligned groups.
         device: Where members were trained.
         manifest: The run's fingerprint.
         seconds_total: Time that the user has waited in this session.
         seconds_startup: Part of it before training began.
     """
-    kept = members.deviations if bool(members.converged.all()) else members.deviations[members.converged]
     losses = members.relative_loss
     seconds = dict(zip(STAGES, members.seconds.sum(0).tolist(), strict=True))
     task = experiment.task
@@ -114,7 +114,7 @@ def results_of(
         "state_bits": task.layout.bits,
         "evaluation_states": len(experiment.evaluation),
         "executions": len(experiment.evaluation.trajectories),
-        "convergence": convergence_rows(experiment.limit, kept, at_width=experiment.at_width),
+        "convergence": rows_of_blocks(Measure(experiment.limit), members.blocks, experiment.at_width),
         "finite_width": _finite_width(experiment),
         "training": {
             "steps_max": int(members.steps.max()),

@@ -39,6 +39,7 @@ from ntk_ensembles.runs import (
     print_report,
     print_warnings,
 )
+from ntk_ensembles.runs.groups import aligned_blocks
 from ntk_ensembles.runs.store import lock, wait_for_lock
 from ntk_ensembles.tasks import Task
 from ntk_ensembles.training.data import evaluation_batches, template_batch
@@ -145,7 +146,7 @@ class _Plan:
     def make(cls, run: Run, missing: Sequence[int], size: int, processes: int) -> _Plan:
         """Deal cohorts of at most ``size`` members out to the processes."""
         size = max(1, min(size, -(-len(missing) // processes)))
-        cohorts = _split(missing, size)
+        cohorts = _cohorts(run, missing, size)
         return cls(str(run.directory), [cohorts[rank::processes] for rank in range(processes)])
 
 
@@ -180,7 +181,7 @@ def _lead(
         _announce(run, missing, size, processes, console)
         reason, status = _train_missing(run, plan, launch, console, extras)
         with console.status("working out the statistics …"):
-            results = run.member_results()
+            results = run.summary()
             if len(results):
                 total = time.time() - started_at
                 found = run.write_results(results, seconds_total=total, seconds_startup=called_at - started_at)
@@ -354,7 +355,7 @@ def _train_cohorts(
                 # What follows comes after the handler, whose exception holds the tensors of the attempt.
                 pass
             else:
-                run.store.save(results, weights if run.experiment.keeps_weights else None)
+                run.save(results, weights if run.experiment.keeps_weights else None)
                 del weights
                 advance(1.0, _summary(results))
                 continue
@@ -369,11 +370,20 @@ def _train_cohorts(
             # Members do not depend on how many are trained together; what did not fit will not fit next time.
             half = len(cohort) // 2
             say(f"out of memory with {len(cohort)} members at once; continuing with {half}")
-            waiting = [part for larger in [*waiting, cohort] for part in reversed(_split(larger, half))]
+            waiting = [part for larger in [*waiting, cohort] for part in reversed(_cohorts(run, larger, half))]
 
 
-def _split(members: Sequence[int], size: int) -> list[list[int]]:
-    return [list(members[start : start + size]) for start in range(0, len(members), size)]
+def _cohorts(run: Run, members: Sequence[int], size: int) -> list[list[int]]:
+    """Return members, ascending, in cohorts of at most ``size`` consecutive ones, which are aligned for sums."""
+    if not run.experiment.keeps_deviations:
+        return aligned_blocks(members, size)
+    cohorts: list[list[int]] = []
+    for index in members:
+        if cohorts and len(cohorts[-1]) < size and cohorts[-1][-1] == index - 1:
+            cohorts[-1].append(index)
+        else:
+            cohorts.append([index])
+    return cohorts
 
 
 def _train_cohort(
@@ -493,6 +503,9 @@ def _announce(run: Run, missing: Sequence[int], size: int, processes: int, conso
     if processes > 1:
         text += f" in each of {processes} processes"
     text += f", evaluated on {len(experiment.evaluation)} states. {kept}"
+    if not experiment.keeps_deviations:
+        amount = f"{experiment.deviations_bytes / 2**30:.1f} GiB"
+        text += f" Deviations are kept as sums over groups (of each member they would take {amount})."
     if finished := options.ensemble - len(missing):
         text += f" {finished} members are finished already."
     console.print(text, highlight=False, markup=False)
