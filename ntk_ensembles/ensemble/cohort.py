@@ -22,7 +22,10 @@ and predictions in float32."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 COHORT_MAX = 64
-"""More members at once bring nothing, and delay the first result."""
+"""More members at once bring nothing, and delay the first result, unless they are small."""
+
+_SMALL_BYTES = 1 << 27
+"""Weights of members that are small together: what each cohort costs by itself then still shows beside their work."""
 
 _MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.7}
 _MEMORY_CAP_CPU = 2 << 30
@@ -162,7 +165,7 @@ def choose_cohort(
     workers = 1
     if device.type == "cpu":
         budget, workers = min(budget, _MEMORY_CAP_CPU), max(1, cpu_workers() // sharing)
-    size = min(max(budget // each, 1), COHORT_MAX)
+    size = min(max(budget // each, 1), max(COHORT_MAX, _SMALL_BYTES // recipe.weight_bytes))
     # Whole rounds, so that no core waits; but never more than fit.
     size = max(size // workers * workers, min(workers, fit))
     return int(min(size, members))

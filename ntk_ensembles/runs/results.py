@@ -89,13 +89,13 @@ def results_of(
 
     Args:
         experiment: What was trained, how, and on what it was evaluated.
-        members: All members so far, at least one, with sums over aligned groups.
+        members: All members so far, at least one.
         device: Where members were trained.
         manifest: The run's fingerprint.
         seconds_total: Time that the user has waited in this session.
         seconds_startup: Part of it before training began.
     """
-    losses = members.relative_loss
+    measure, losses = Measure(experiment.limit), members.relative_loss
     seconds = dict(zip(STAGES, members.seconds.sum(0).tolist(), strict=True))
     task = experiment.task
     return {
@@ -114,7 +114,7 @@ def results_of(
         "state_bits": task.layout.bits,
         "evaluation_states": len(experiment.evaluation),
         "executions": len(experiment.evaluation.trajectories),
-        "convergence": rows_of_blocks(Measure(experiment.limit), members.blocks, experiment.at_width),
+        "convergence": rows_of_blocks(measure, members.summed(measure).blocks, experiment.at_width),
         "finite_width": _finite_width(experiment),
         "training": {
             "steps_max": int(members.steps.max()),

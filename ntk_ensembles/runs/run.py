@@ -210,7 +210,7 @@ class Run:
         """
         found = results_of(
             self.experiment,
-            results.summed(self.measure),
+            results,
             self.device,
             self.store.manifest,
             seconds_total=seconds_total,

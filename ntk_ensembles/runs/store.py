@@ -514,17 +514,15 @@ class RunStore:
 
     def _read(self, path: Path, states: int, bits: int) -> MemberResults:
         """Return the results in a file, once they are as this run has written them."""
-        sizes = {"states": states, "bits": bits}
-        if not self._has(path, "sums"):
-            results = MemberResults(**self._load(path, _DEVIATIONS_SCHEMA, sizes)[0])
-            fault = _fault_of(path, results) or _fault_of_deviations(results)
-        else:
-            tensors = self._load(path, _SUMS_SCHEMA, sizes)[0]
+        sizes, has_sums = {"states": states, "bits": bits}, self._has(path, "sums")
+        tensors, _ = self._load(path, _SUMS_SCHEMA if has_sums else _DEVIATIONS_SCHEMA, sizes)
+        columns: dict[str, Any] = {name: tensors[name] for name in STATUS_COLUMNS}
+        results = MemberResults(**columns, deviations=tensors.get("deviations"))
+        fault = _fault_of(path, results)
+        if fault is None and has_sums:
             outcomes = Outcomes(*(tensors[name] for name in OUTCOMES))
-            first = int(tensors["indices"][0]) if len(tensors["indices"]) else 0
-            block = Block(first, tensors["converged"], tensors["sums"], outcomes)
-            results = MemberResults(*(tensors[name] for name in STATUS_COLUMNS), blocks=(block,))
-            fault = _fault_of(path, results) or _fault_of_block(block)
+            block = Block(int(results.indices[0]), results.converged, tensors["sums"], outcomes)
+            results, fault = dataclasses.replace(results, blocks=(block,)), _fault_of_block(block)
         if fault:
             raise StoreError(f"{path}: is damaged ({fault}); {_remedy(path)}")
         return results
@@ -706,16 +704,11 @@ def _fault_of(path: Path, results: MemberResults) -> str | None:
         or int(counts.sum()) != len(results.losses)
     ):
         return "its loss_counts do not add up to its losses"
-    if not bool(results.relative_loss[kept].isfinite().all()):
-        return "members that have converged have losses that are no numbers"
-    return None
-
-
-def _fault_of_deviations(results: MemberResults) -> str | None:
-    """Return what is wrong with deviations, or None."""
-    assert results.deviations is not None
-    if not bool(results.deviations[results.converged].isfinite().all()):
-        return "members that have converged have deviations that are no numbers"
+    numbers = results.relative_loss[kept].isfinite().all()
+    if results.deviations is not None:
+        numbers &= results.deviations[kept].isfinite().all()
+    if not bool(numbers):
+        return "members that have converged have losses or deviations that are no numbers"
     return None
 
 

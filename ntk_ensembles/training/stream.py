@@ -504,8 +504,8 @@ def _announce(run: Run, missing: Sequence[int], size: int, processes: int, conso
         text += f" in each of {processes} processes"
     text += f", evaluated on {len(experiment.evaluation)} states. {kept}"
     if not experiment.keeps_deviations:
-        amount = f"{experiment.deviations_bytes / 2**30:.1f} GiB"
-        text += f" Deviations are kept as sums over groups (of each member they would take {amount})."
+        text += " Deviations are kept as sums over groups of members "
+        text += f"(of each member they would take {experiment.deviations_bytes / 2**30:.1f} GiB)."
     if finished := options.ensemble - len(missing):
         text += f" {finished} members are finished already."
     console.print(text, highlight=False, markup=False)

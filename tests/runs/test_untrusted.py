@@ -388,7 +388,7 @@ def test_results_in_the_place_of_which_a_pipe_stands_are_written(copy: Path, add
         '{"format": 1e999}',
         '{"format": true}',
         '{"format": 3.0}',
-        '{"format": 3}',
+        '{"format": 4}',
         '{"format": "3"}',
         "[" * 100_000,
         '{"format":' + "[" * 100_000,
