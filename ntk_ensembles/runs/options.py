@@ -88,8 +88,8 @@ class RunOptions:
     """Steps after which a member is given up as not converged, 1 to 100000."""
 
     cohort: int | None = None
-    """Members to hold at once; by default as many as memory allows, up to 64, or to 128 MiB of weights where members
-    are small. Results do not depend on it. Where only sums of deviations are kept, a smaller power of two is taken."""
+    """Members to hold at once; by default as many as memory allows, up to 64, or 1024 small ones that take 256 MiB.
+    Results do not depend on it. Where only sums of deviations are kept, the next lower power of two is taken."""
 
     engine: EngineChoice = "auto"
     """Fast path for one-hot training inputs, which templates are, or torch.func in any case, as a check."""
