@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -271,6 +272,17 @@ def allowed_cores() -> int:
 def cpu_workers() -> int:
     """Return how many members are worked on at the same time on a CPU: the cores that this process may use."""
     return max(1, min(allowed_cores(), torch.get_num_threads()))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread meanwhile: small operations gain nothing by several, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def map_members(work: Callable[[T], R], over: Iterable[T], device: torch.device) -> list[R]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ntk_ensembles.ensemble import MLPStack, TwoLayerMLP, choose_cohort, predict, train_members
 from ntk_ensembles.ensemble.cohort import free_memory_bytes
 from ntk_ensembles.errors import OptionError, check_range
-from ntk_ensembles.runs.groups import Block, Measure, blocks_of, joined
+from ntk_ensembles.runs.groups import Block, Measure, blocks_of, joined, rounded_deviations
 from ntk_ensembles.runs.run import Run, TaskOrClass
 from ntk_ensembles.runs.store import StoreError
 from ntk_ensembles.tasks import Task
@@ -207,13 +207,9 @@ class Ensemble(TensorStepper):
         """Yield indices and deviations of members that are in memory together."""
         inputs = limit.inputs.to(torch.float32)
         for stack in self._stacks():
-            deviations = torch.empty(len(stack), *limit.mean.shape, dtype=torch.float16)
-            for start in range(0, len(inputs), _STATES_AT_ONCE):
-                rows = slice(start, start + _STATES_AT_ONCE)
-                # One at a time: the differences are float64.
-                for i, output in enumerate(predict(stack, inputs[rows]).cpu()):
-                    deviations[i, rows] = (output - limit.mean[rows]).to(torch.float16)
-            yield stack.indices, deviations
+            batches = zip(torch.split(inputs, _STATES_AT_ONCE), torch.split(limit.mean, _STATES_AT_ONCE), strict=True)
+            parts = [rounded_deviations(predict(stack, x), mean) for x, mean in batches]
+            yield stack.indices, torch.cat(parts, 1)
 
     def step(self, batch: Bool[Tensor, "states bits"], decoder: Decoder = "midpoint") -> Step[Tensor]:
         """Predict, decode and compare one micro-step of every state.

@@ -129,6 +129,22 @@ class Measure:
         return found
 
 
+def rounded_deviations(
+    outputs: Float[Tensor, "members states bits"], mean: Float64[Tensor, "states bits"]
+) -> Float16[Tensor, "members states bits"]:
+    """Return outputs minus the NTK mean, as they are kept.
+
+    Args:
+        outputs: Outputs of members, any device.
+        mean: NTK mean at the same states.
+    """
+    deviations = torch.empty(outputs.shape, dtype=torch.float16)
+    # One at a time: the differences are float64.
+    for deviation, output in zip(deviations, outputs.cpu(), strict=True):
+        deviation.copy_(output - mean)
+    return deviations
+
+
 def exact(deviations: Float[Tensor, "members states bits"]) -> Int64[Tensor, "members states bits"]:
     """Return deviations, rounded to float16, in the unit in which sums are exact.
 

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ntk_ensembles.ensemble.network import one_thread
 from ntk_ensembles.files import SaveError, write_atomically
 from ntk_ensembles.runs.convergence import ConvergenceRow, rows_of_blocks
 from ntk_ensembles.runs.groups import Measure
@@ -96,6 +97,9 @@ def results_of(
         seconds_startup: Part of it before training began.
     """
     measure, losses = Measure(experiment.limit), members.relative_loss
+    blocks = members.summed(measure).blocks
+    with one_thread():
+        rows = rows_of_blocks(measure, blocks, experiment.at_width)
     seconds = dict(zip(STAGES, members.seconds.sum(0).tolist(), strict=True))
     task = experiment.task
     return {
@@ -114,7 +118,7 @@ def results_of(
         "state_bits": task.layout.bits,
         "evaluation_states": len(experiment.evaluation),
         "executions": len(experiment.evaluation.trajectories),
-        "convergence": rows_of_blocks(measure, members.summed(measure).blocks, experiment.at_width),
+        "convergence": rows,
         "finite_width": _finite_width(experiment),
         "training": {
             "steps_max": int(members.steps.max()),
@@ -175,7 +179,8 @@ def _draw(store: RunStore, experiment: Experiment, results: Results) -> None:
     from ntk_ensembles.runs.figures import convergence_figure
 
     rows = results["convergence"]
-    bands = {decoder: experiment.limit.band([row["members"] for row in rows], decoder) for decoder in DECODERS}
+    with one_thread():
+        bands = {decoder: experiment.limit.band([row["members"] for row in rows], decoder) for decoder in DECODERS}
     title = f"{experiment.task!r}: {results['templates']} templates, width {results['width']}, "
     title += "corrected labels, " if results["labels"] == "corrected" else ""
     title += f"{results['init']}, {rows[-1]['members']} members"

@@ -163,7 +163,8 @@ class MemberResults:
         Raises:
             ValueError: No parts, or a member that is in two of them.
         """
-        listed = list(parts)
+        # Most often in order then, and nothing has to be moved.
+        listed = sorted(parts, key=lambda part: part.indices[:1].tolist())
         if not listed:
             raise ValueError("no results to put together")
         columns = {name: torch.cat([getattr(part, name) for part in listed]) for name in STATUS_COLUMNS}

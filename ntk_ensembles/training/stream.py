@@ -39,7 +39,7 @@ from ntk_ensembles.runs import (
     print_report,
     print_warnings,
 )
-from ntk_ensembles.runs.groups import aligned_blocks
+from ntk_ensembles.runs.groups import aligned_blocks, rounded_deviations
 from ntk_ensembles.runs.store import lock, wait_for_lock
 from ntk_ensembles.tasks import Task
 from ntk_ensembles.training.data import evaluation_batches, template_batch
@@ -432,12 +432,16 @@ def _train_cohort(
     times.append(time.perf_counter())
     advance(_SHARE_OF_TRAINING, "evaluating")
     outputs: Any = trainer.predict(module, evaluation_batches(limit))
-    deviations = torch.cat([batch.cpu() for batch in outputs], 1) - limit.mean
+    means = torch.split(limit.mean, [batch.shape[1] for batch in outputs])
+    parts = [rounded_deviations(batch, mean) for batch, mean in zip(outputs, means, strict=True)]
+    deviations = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     times.append(time.perf_counter())
     seconds = [after - before for before, after in itertools.pairwise(times)]
     results = MemberResults.from_cohort(cohort, module.statuses, deviations, seconds)
     weights = {name: parameter.data for name, parameter in module.stack.named_parameters()}
-    # Module and trainer refer to each other, so they last until the garbage collector comes by. Their weights must not.
+    # Module and trainer refer to each other, so they last until the garbage collector comes by. Their weights and
+    # outputs must not.
+    outputs.clear()
     for parameter in module.stack.parameters():
         parameter.data = parameter.data.new_empty(0)
     return results, weights
