@@ -32,7 +32,7 @@ from ntk_ensembles.ensemble import DescentOptions, Recipe, predict, train_member
 from ntk_ensembles.runs.groups import exact
 from ntk_ensembles.runs.results import environment
 
-FACTORS = (1, 3, 10, 30, 100)
+FACTORS = (1, 4, 20, 100)
 CPU = torch.device("cpu")
 
 
@@ -59,16 +59,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     axes = []
-    for name, first in FIRST.items():
-        values = [first * factor for factor in options.factors]
-        axes.append(measure(name, values, functools.partial(one_of_size, name)))
-    axes.append(measure("members", [MEMBERS_FIRST * factor for factor in options.factors], many_members))
-    for axis in axes:
+    for name, first in {**FIRST, "members": MEMBERS_FIRST}.items():
+        work = many_members if name == "members" else functools.partial(one_of_size, name)
+        axis = measure(name, [first * factor for factor in options.factors], work)
+        axes.append(axis)
         time_slopes, memory_slopes = axis["exponents"]["seconds"], axis["exponents"]["bytes"]
         print(
-            f"{axis['size']} {axis['values'][0]} to {axis['values'][-1]}: "
+            f"{name} {axis['values'][0]} to {axis['values'][-1]}: "
             f"time^{time_slopes['all']:.2f} (at the end {time_slopes['last']:.2f}), "
-            f"memory^{memory_slopes['all']:.2f} (at the end {memory_slopes['last']:.2f})"
+            f"memory^{memory_slopes['all']:.2f} (at the end {memory_slopes['last']:.2f})",
+            flush=True,
         )
     if options.out:
         figures = {"others": dataclasses.asdict(Sizes()), "axes": axes, "environment": environment(CPU, "float32")}
