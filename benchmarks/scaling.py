@@ -40,13 +40,13 @@ CPU = torch.device("cpu")
 class Sizes:
     """Sizes of what is trained."""
 
-    width: int = 2048
-    templates: int = 64
-    bits: int = 32
-    states: int = 200
+    width: int = 4096
+    templates: int = 160
+    bits: int = 64
+    states: int = 400
 
 
-FIRST = {"width": 512, "templates": 16, "bits": 8, "states": 100}
+FIRST = {"width": 1024, "templates": 50, "bits": 16, "states": 200}
 """Smallest value of each size that is varied."""
 
 MEMBERS_FIRST, MEMBERS_WIDTH = 32, 128
@@ -142,7 +142,7 @@ def many_members(members: int) -> None:
         options = RunOptions(
             width=MEMBERS_WIDTH,
             ensemble=members,
-            evaluation_states=FIRST["states"],
+            evaluation_states=100,
             tolerance=1e-3,
             keep_weights="none",
             keep_deviations="sums",
