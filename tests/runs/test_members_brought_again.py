@@ -156,9 +156,9 @@ def test_a_run_of_another_version_is_refused_be_it_older_or_newer(version: int, 
     directory = run(tmp_path / "run")
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest["format"] == 4
+    assert manifest["format"] == 5
     path.write_text(json.dumps({**manifest, "format": version}))
-    with pytest.raises(StoreError, match=rf"was written by another version \(format {version}, this one reads 4\)"):
+    with pytest.raises(StoreError, match=rf"was written by another version \(format {version}, this one reads 5\)"):
         Ensemble.load(directory)
 
 
