@@ -511,12 +511,11 @@ def _announce(run: Run, missing: Sequence[int], size: int, processes: int, conso
     experiment = run.experiment
     options, task = experiment.options, experiment.task
     size = min(size, max(-(-len(missing) // processes), 1))
-    amount = experiment.weights_bytes
-    bytes_text = f"{amount / 2**30:.1f} GiB" if amount >= 1 << 27 else f"{amount / 2**20:.1f} MiB"
+    weights = _in_words(experiment.weights_bytes)
     kept = (
-        f"Weights are kept ({bytes_text})."
+        f"Weights are kept ({weights})."
         if experiment.keeps_weights
-        else (f"Weights are not kept (they would take {bytes_text}).")
+        else (f"Weights are not kept (they would take {weights}).")
     )
     text = (
         f"{task!r}: {len(task.templates)} templates, {task.layout.bits} bits. {options.ensemble} members of width "
@@ -527,10 +526,14 @@ def _announce(run: Run, missing: Sequence[int], size: int, processes: int, conso
     text += f", evaluated on {len(experiment.evaluation)} states. {kept}"
     if not experiment.keeps_deviations:
         text += " Deviations are kept as sums over groups of members "
-        text += f"(of each member they would take {experiment.deviations_bytes / 2**30:.1f} GiB)."
+        text += f"(of each member they would take {_in_words(experiment.deviations_bytes)})."
     if finished := options.ensemble - len(missing):
         text += f" {finished} members are finished already."
     console.print(text, highlight=False, markup=False)
+
+
+def _in_words(amount: int) -> str:
+    return f"{amount / 2**30:.1f} GiB" if amount >= 1 << 27 else f"{amount / 2**20:.1f} MiB"
 
 
 @contextmanager

@@ -311,7 +311,7 @@ def test_pictures_that_fail_cost_a_warning(
     def full(event_file: EventFile) -> None:
         raise SaveError("events: no space left on device")
 
-    monkeypatch.setattr(figures, "convergence_panels", without_fonts)
+    monkeypatch.setattr(figures, "convergence_charts", without_fonts)
     monkeypatch.setattr(EventFile, "write", full)
     out = tmp_path / "run"
     shutil.copytree(added, out)
