@@ -211,7 +211,10 @@ def command_lines(generator: random.Random, run: Path, folder: Path) -> Iterator
     shared = {"--evaluation-states": "numbers", "--evaluation-seed": "numbers"}
     train = {f"--{name}": "numbers" for name in ("width", "ensemble", "seed", "tolerance", "steps", "cohort", "bits")}
     train |= {"--padding": "numbers", "--layers": "words"}
-    train |= {f"--{name}": "words" for name in ("init", "loss", "precision", "accelerator", "engine", "keep-weights")}
+    train |= {
+        f"--{name}": "words"
+        for name in ("init", "loss", "precision", "accelerator", "engine", "keep-weights", "keep-deviations")
+    }
     train |= {"--first-member": "numbers", "--config": "config", "--task": "task", "--resume": "runs", "--out": "out"}
     train |= {**shared, "--devices": "devices", "--nonsense": "words", "--cells": "numbers"}
     certify = {

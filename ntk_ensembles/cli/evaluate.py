@@ -6,19 +6,27 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtyping import Float16
 from rich.console import Console
-from torch import Tensor
 
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, Parser
 from ntk_ensembles.console import Progress
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import write_atomically
-from ntk_ensembles.runs import Ensemble, MemberResults, Run, convergence_rows, print_rows, without_weights
+from ntk_ensembles.runs import (
+    ConvergenceRow,
+    Ensemble,
+    MemberResults,
+    Run,
+    convergence_rows,
+    print_rows,
+    rows_of_blocks,
+    without_weights,
+)
+from ntk_ensembles.runs.groups import Measure
 from ntk_ensembles.runs.results import print_finite_width
 from ntk_ensembles.tasks import EvaluationSet, load_task_class
-from ntk_ensembles.theory import LimitPrediction
+from ntk_ensembles.theory import LimitPrediction, WidthPrediction
 
 _DESCRIPTION = (
     "Evaluate a run's members again: on other evaluation states, by one decoder, for other numbers of members N. On "
@@ -54,16 +62,33 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
     experiment = run.experiment
     own = {name: getattr(experiment.options, name) for name in ("evaluation_states", "evaluation_seed")}
     options = _Options(**values | {name: value for name, value in own.items() if values[name] is None})
-    members = run.member_results()
-    sizes = _sizes(options.members, int(members.converged.sum()))
+    members = run.statuses()
+    converged = members.indices[members.converged]
+    sizes = _sizes(options.members, len(converged))
     if own == {name: getattr(options, name) for name in own}:
-        limit, at_width, deviations = experiment.limit, experiment.at_width, members.deviations[members.converged]
+        limit, at_width = experiment.limit, experiment.at_width
+        if sizes is None or not run.has_deviations:
+            rows = rows_of_blocks(run.measure, run.summary().blocks, at_width)
+        else:
+            members = run.member_results()
+            assert members.deviations is not None
+            rows = convergence_rows(limit, members.deviations[members.converged], sizes, at_width, converged)
     else:
         evaluation = EvaluationSet.sample(experiment.task, options.evaluation_states, options.evaluation_seed)
         limit = LimitPrediction(experiment.task, evaluation, experiment.predictor)
         at_width = experiment.predict_width(limit)
-        deviations = _deviations(run, members, limit, options.messages)
-    rows = convergence_rows(limit, deviations, sizes, at_width)
+        rows = _rows_elsewhere(run, members, limit, sizes, at_width, options.messages)
+    if sizes is not None:
+        found = {row["members"]: row for row in rows}
+        if left := [size for size in sizes if size not in found]:
+            kept = "of each member" if run.has_deviations else "as sums over groups of 2, 4, 8, …"
+            raise OptionError(
+                "members",
+                options.members,
+                f"{', '.join(map(str, found))}, or {len(converged)}: there is no group of {left[0]}, as deviations are "
+                f"kept {kept}, and a group is of consecutive members, from a multiple of N on, all of them converged",
+            )
+        rows = [found[size] for size in sizes]
     results = {
         "run": directory,
         "evaluation_states": len(limit.evaluation),
@@ -76,7 +101,7 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
 
     def as_text(out: Console) -> None:
         states = f"{len(limit.evaluation)} states (seed {options.evaluation_seed})"
-        out.print(f"{experiment.task!r}: {len(deviations)} members on {states}.", markup=False)
+        out.print(f"{experiment.task!r}: {len(converged)} members on {states}.", markup=False)
         print_rows(rows, out, options.decoders)
         omitted = experiment.without_finite_width
         print_finite_width(rows, experiment.options.width, omitted, out, options.decoders)
@@ -104,11 +129,17 @@ def _sizes(numbers: str | None, converged: int) -> list[int] | None:
     return sizes
 
 
-def _deviations(
-    run: Run, members: MemberResults, limit: LimitPrediction, messages: Console
-) -> Float16[Tensor, "members states bits"]:
-    """Return how far every converged member deviates from the NTK mean on new states."""
-    converged = members.indices[members.converged].tolist()
+def _rows_elsewhere(
+    run: Run,
+    members: MemberResults,
+    limit: LimitPrediction,
+    sizes: list[int] | None,
+    at_width: WidthPrediction | None,
+    messages: Console,
+) -> list[ConvergenceRow]:
+    """Return the rows of every converged member on new states."""
+    indices = members.indices[members.converged]
+    converged = indices.tolist()
     retrained = without_weights(run, converged)
     if retrained:
         each = float(members.seconds[:, :2].sum()) / len(members)
@@ -119,4 +150,8 @@ def _deviations(
         )
     total = len(converged)
     with Progress("members", total, messages, describe=lambda done: f"{done:.0f}/{total}") as progress:
-        return Ensemble.from_run(run, converged, on_progress=progress.advance).deviations(limit)
+        ensemble = Ensemble.from_run(run, converged, on_progress=progress.advance)
+        if sizes is None:
+            measure = Measure(limit)
+            return rows_of_blocks(measure, ensemble.blocks(measure), at_width)
+        return convergence_rows(limit, ensemble.deviations(limit), sizes, at_width, indices)

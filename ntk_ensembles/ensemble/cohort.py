@@ -22,7 +22,11 @@ which a member is said to have converged; weights, residuals and predictions in 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 COHORT_MAX = 64
-"""More members at once bring nothing, and delay the first result."""
+"""More members at once bring nothing, and delay the first result, unless they are small."""
+
+_SMALL_BYTES, _SMALL_MAX = 1 << 28, 1 << 10
+"""Memory of members that are small together, and their largest number. A cohort costs a tenth of a second by itself;
+measured on addition of 10 bits and width 2,048, cohorts of 256 take 0.9 of the processor time of cohorts of 64."""
 
 _MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.7}
 _MEMORY_CAP_CPU = 2 << 30
@@ -162,7 +166,7 @@ def choose_cohort(
     workers = 1
     if device.type == "cpu":
         budget, workers = min(budget, _MEMORY_CAP_CPU), max(1, cpu_workers() // sharing)
-    size = min(max(budget // each, 1), COHORT_MAX)
+    size = min(max(budget // each, 1), max(COHORT_MAX, min(_SMALL_BYTES // each, _SMALL_MAX)))
     # Whole rounds, so that no core waits; but never more than fit.
     size = max(size // workers * workers, min(workers, fit))
     return int(min(size, members))

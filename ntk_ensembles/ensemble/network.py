@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -273,6 +275,17 @@ def cpu_workers() -> int:
     return max(1, min(allowed_cores(), torch.get_num_threads()))
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread meanwhile: small operations gain nothing by several, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def map_members(work: Callable[[T], R], over: Iterable[T], device: torch.device) -> list[R]:
     """Apply a function to members, or to parts of a stack, without recording gradients.
 
@@ -293,7 +306,33 @@ def map_members(work: Callable[[T], R], over: Iterable[T], device: torch.device)
     work = torch.inference_mode(inference)(torch.no_grad()(work))
     if device.type != "cpu":
         return [work(item) for item in items]
-    with ThreadPoolExecutor(
-        min(cpu_workers(), len(items)) or 1, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        return list(pool.map(work, items))
+    if len(items) < 2 or cpu_workers() == 1 or getattr(_THREAD, "is_worker", False):
+        with one_thread():
+            return [work(item) for item in items]
+    futures = [_workers(cpu_workers()).submit(work, item) for item in items]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        # Whoever goes on after an error needs the memory of those that still work.
+        for future in futures:
+            future.cancel()
+        wait(futures)
+
+
+_THREAD = threading.local()
+_POOLS: dict[int, ThreadPoolExecutor] = {}
+"""Threads that work on members, by their number. They stay: what libraries hold for a thread is not freed with it."""
+
+if hasattr(os, "register_at_fork"):
+    # The threads are not there in a process that was forked.
+    os.register_at_fork(after_in_child=_POOLS.clear)
+
+
+def _workers(count: int) -> ThreadPoolExecutor:
+    def begin() -> None:
+        torch.set_num_threads(1)
+        _THREAD.is_worker = True
+
+    if count not in _POOLS:
+        _POOLS[count] = ThreadPoolExecutor(count, initializer=begin)
+    return _POOLS[count]

@@ -1,6 +1,6 @@
 """Training runs as data: options and experiment, the run directory, results, and loaded ensembles. No Lightning."""
 
-from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows, ensemble_sizes
+from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows, ensemble_sizes, rows_of_blocks
 from ntk_ensembles.runs.dashboard import Dashboard
 from ntk_ensembles.runs.ensemble import Ensemble, converged_members, without_weights
 from ntk_ensembles.runs.options import Experiment, RunOptions
@@ -29,5 +29,6 @@ __all__ = [
     "print_report",
     "print_rows",
     "print_warnings",
+    "rows_of_blocks",
     "without_weights",
 ]

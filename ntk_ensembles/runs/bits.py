@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows, group_means
+from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows, group_means, group_rows
 from ntk_ensembles.theory import Decoder, LimitPrediction, Prediction, WidthPrediction, bit_error_probability, decode
 from ntk_ensembles.theory.finite_width import rows_at_equal_distances
 
@@ -49,6 +49,7 @@ def output_histogram(
     limit: LimitPrediction,
     at_width: WidthPrediction | None,
     deviations: Float[Tensor, "members states bits"],
+    indices: Int64[Tensor, " members"],
     members: int,
     decoder: Decoder,
 ) -> OutputHistogram:
@@ -57,8 +58,9 @@ def output_histogram(
     Args:
         limit: The evaluation states and what infinite width predicts of them.
         at_width: What the members' own width predicts of the same states, if anything.
-        deviations: Outputs minus the NTK mean, of members in the order of their indices.
-        members: Members N of an ensemble, from 1 to the number of members.
+        deviations: Outputs minus the NTK mean of members that have converged.
+        indices: Indices of the members, ascending.
+        members: Members N of an ensemble, of which there is a group.
         decoder: Decoder whose thresholds are meant.
     """
     rows = rows_at_equal_distances(len(limit.mean))
@@ -75,7 +77,7 @@ def output_histogram(
     high = max((float((mean + _SPREADS * spread).max()) for mean, spread in predictions if mean.numel()), default=1.0)
     edges = torch.linspace(low - 1e-3, high + 1e-3, _BINS + 1, dtype=torch.float64)
     counts = [torch.zeros(_BINS, dtype=torch.float64) for _ in kinds]
-    for means in group_means(deviations[:, rows], members):
+    for means in group_means(deviations[:, rows], indices, members):
         outputs = (distance + means).clamp(float(edges[0]), float(edges[-1]))
         for count, kind in zip(counts, kinds, strict=True):
             count += torch.histc(outputs[:, kind], _BINS, float(edges[0]), float(edges[-1]))
@@ -134,6 +136,7 @@ def standardised_deviations(
     limit: LimitPrediction,
     prediction: Prediction,
     deviations: Float[Tensor, "members states bits"],
+    indices: Int64[Tensor, " members"],
     members: int,
 ) -> StandardisedDeviations | None:
     """Return deviations over what is predicted of them, on at most 1,024 of the evaluation states.
@@ -141,8 +144,9 @@ def standardised_deviations(
     Args:
         limit: The evaluation states.
         prediction: Either ``limit`` or what the members' own width predicts.
-        deviations: Outputs minus the NTK mean, of members in the order of their indices.
-        members: Members N of an ensemble, from 1 to the number of members.
+        deviations: Outputs minus the NTK mean of members that have converged.
+        indices: Indices of the members, ascending.
+        members: Members N of an ensemble, of which there is a group.
 
     Returns:
         None where no bit varies, as at infinite width for antisymmetric members.
@@ -157,7 +161,7 @@ def standardised_deviations(
     edges = torch.linspace(-5, 5, 61, dtype=torch.float64)
     counts = torch.zeros(len(edges) - 1, dtype=torch.float64)
     number, total, squares = 0, 0.0, 0.0
-    for means in group_means(deviations[:, rows], members):
+    for means in group_means(deviations[:, rows], indices, members):
         scores = ((means - mean) / spread)[:, varies]
         number += scores.numel()
         total += float(scores.sum())
@@ -209,6 +213,7 @@ def bit_failures(
     limit: LimitPrediction,
     at_width: WidthPrediction | None,
     deviations: Float[Tensor, "members states bits"],
+    indices: Int64[Tensor, " members"],
     members: int,
     decoder: Decoder,
 ) -> list[BitFailures]:
@@ -217,15 +222,16 @@ def bit_failures(
     Args:
         limit: The evaluation states and what infinite width predicts of them.
         at_width: What the members' own width predicts of the same states, if anything.
-        deviations: Outputs minus the NTK mean, of members in the order of their indices.
-        members: Members N of an ensemble, from 1 to the number of members.
+        deviations: Outputs minus the NTK mean of members that have converged.
+        indices: Indices of the members, ascending.
+        members: Members N of an ensemble, of which there is a group.
         decoder: How their mean is decoded.
     """
     evaluation, templates = limit.evaluation, limit.task.templates
     wrong = torch.zeros(limit.mean.shape, dtype=torch.int64)
-    for means in group_means(deviations, members):
+    for means in group_means(deviations, indices, members):
         wrong += (decode(limit.mean + means, limit.thresholds[decoder]) != evaluation.next_states).sum(0)
-    readings = len(deviations) // members * len(evaluation)
+    readings = len(group_rows(indices, members)) * len(evaluation)
     missed = wrong.where(evaluation.next_states, 0)
     predicted = bit_error_probability(limit.margins[decoder], limit.variance, members).mean(0).tolist()
     expected = (
@@ -262,17 +268,20 @@ def members_needed(
     rows: Sequence[ConvergenceRow],
     limit: LimitPrediction,
     deviations: Float[Tensor, "members states bits"] | None,
+    indices: Int64[Tensor, " members"],
     decoder: Decoder,
     exact: float,
 ) -> int | None:
     """Return the smallest N whose exact match, averaged over groups of members, reaches a target and stays there.
 
-    It is sought between the last row that misses the target and the first from which on all reach it.
+    It is sought between the last row that misses the target and the first from which on all reach it. An N without a
+    group counts as one that misses it.
 
     Args:
         rows: Convergence rows of the members, N ascending, at least one.
         limit: The evaluation states and what infinite width predicts of them.
-        deviations: Deviations of the members; None to look no closer than the rows.
+        deviations: Deviations of the members that have converged; None to look no closer than the rows.
+        indices: Indices of these members, ascending.
         decoder: How the mean is decoded.
         exact: Share of states to be decoded right, above 0 and at most 1.
     """
@@ -287,6 +296,7 @@ def members_needed(
         return reached
     while reached - below > 1:
         middle = (below + reached) // 2
-        (row,) = convergence_rows(limit, deviations, [middle])
-        below, reached = (below, middle) if row["exact_match"][decoder] >= exact else (middle, reached)
+        found = convergence_rows(limit, deviations, [middle], indices=indices)
+        reaches = bool(found) and found[0]["exact_match"][decoder] >= exact
+        below, reached = (below, middle) if reaches else (middle, reached)
     return reached

@@ -1,7 +1,9 @@
 """What a run shows of itself while it goes on and when it has ended: charts for TensorBoard and loggers, and figures.
 
 Everything is a function of the members that have finished, in the order of their indices. So a run that was resumed,
-spread over processes or merged ends with the charts of one that was not.
+spread over processes or merged ends with the charts of one that was not. Where only sums of deviations are kept, a
+session has those of the members that it has trained itself: charts against N have the points that follow from these,
+and beyond them at the end those of the rows of results.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntk_ensembles.ensemble.network import one_thread
 from ntk_ensembles.events import EventFile
 from ntk_ensembles.files import SaveError, write_atomically
 from ntk_ensembles.runs.convergence import ConvergenceRow, ensemble_sizes
@@ -56,6 +58,9 @@ _DELTA = 1e-6
 _BINS = 100
 _SCORE_MAX = 5.0
 """Standardised deviations beyond it are counted in the outermost bins."""
+
+_KINDS = {"": "", "predicted_": ", infinite width", "finite_width_": ", this width"}
+"""What the names of one kind of value begin with in rows of results, and how they end on charts."""
 
 _WIDTHS = "(, (infinite|this) width)?$"
 _LAYOUT = {
@@ -109,7 +114,10 @@ class Dashboard:
     """The charts and figures of one run.
 
     Charts against N are of the mean of the first N members, in the order of their indices, without those that did not
-    converge: a point for every N, as soon as all members before it have finished.
+    converge: a point for every N, as soon as all members before it have finished. Where only sums of deviations are
+    kept, these are the N up to the first member of another process or of an earlier session. Beyond them there are at
+    the end the rows of results, of N = 2^j and of all members, which are means over groups. Histograms are of the
+    former alone.
 
     Args:
         store: Directory of the run.
@@ -170,14 +178,15 @@ class Dashboard:
         """Show all members and write everything; whatever becomes of it, the results are there.
 
         Args:
-            members: All members so far.
+            members: All members so far; without deviations where only their sums are kept.
             results: The results that follow from them.
 
         Returns:
             What could not be written, a line for each.
         """
         failures = []
-        steps: tuple[Callable[[], None], ...] = (lambda: self._draw(results), lambda: self._chart(members))
+        rows = results["convergence"]
+        steps: tuple[Callable[[], None], ...] = (lambda: self._draw(rows), lambda: self._chart(members, rows))
         for draw in steps:
             try:
                 draw()
@@ -190,8 +199,7 @@ class Dashboard:
                 )
         return failures
 
-    def _draw(self, results: Results) -> None:
-        rows = results["convergence"]
+    def _draw(self, rows: Sequence[ConvergenceRow]) -> None:
         # A figure without rows would be empty.
         if not rows:
             return
@@ -203,25 +211,35 @@ class Dashboard:
         path = self._store.directory / "figures" / "convergence.png"
         write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"), follow=False)
 
-    def _chart(self, members: MemberResults) -> None:
+    def _chart(self, members: MemberResults, rows: Sequence[ConvergenceRow]) -> None:
         if self._failed:
             raise self._failed
         self._take(members, past_gaps=True)
+        assert self._curves is not None
+        if members.deviations is None:
+            for row in rows:
+                if row["members"] > self._curves.members:
+                    self._log(self._curves.add_row(row))
         self._write(finished=True)
 
     def _take_stored(self) -> None:
-        """Take the members that follow the last one from files."""
+        """Take the members that follow the last one from files, where these have their deviations."""
+        if not self._experiment.keeps_deviations:
+            return
         files = self._store.result_files()
         for path in files:
             if path.name not in self._members_of:
                 self._members_of[path.name] = self._store.members_of(path)
         owners = {index: path for path in files for index in self._members_of[path.name]}
         while self._next in owners:
-            self._take(self._store.load_file(owners[self._next], *self._experiment.limit.mean.shape))
+            members = self._store.load_file(owners[self._next], *self._experiment.limit.mean.shape)
+            if members.deviations is None:
+                break
+            self._take(members)
 
     def _take(self, members: MemberResults, *, past_gaps: bool = False) -> None:
         """Add members to the charts, in order; past one that is not finished only if nothing more will come."""
-        with _one_thread():
+        with one_thread():
             self._add(members, past_gaps)
 
     def _add(self, members: MemberResults, past_gaps: bool) -> None:
@@ -237,10 +255,13 @@ class Dashboard:
                 break
             self._next = index + 1
             self._losses.append(losses[row].tolist())
-            if members.converged[row]:
-                values = self._curves.add(members.deviations[row])
-                for logger in self._loggers:
-                    logger.log_metrics(values, self._curves.members)
+            if members.converged[row] and members.deviations is not None:
+                self._log(self._curves.add(members.deviations[row]))
+
+    def _log(self, values: dict[str, float]) -> None:
+        assert self._curves is not None
+        for logger in self._loggers:
+            logger.log_metrics(values, self._curves.members)
 
     def _write(self, *, finished: bool) -> None:
         assert self._curves is not None
@@ -275,7 +296,8 @@ class Dashboard:
         sizes = [row["members"] for row in rows]
         if not self._all_bands or not set(sizes) <= set(self._all_bands[DECODERS[0]].members):
             every = sorted({*ensemble_sizes(len(self._experiment.planned)), *sizes})
-            self._all_bands = {decoder: self._experiment.limit.band(every, decoder) for decoder in DECODERS}
+            with one_thread():
+                self._all_bands = {decoder: self._experiment.limit.band(every, decoder) for decoder in DECODERS}
         at = [self._all_bands[DECODERS[0]].members.index(size) for size in sizes]
         return {
             decoder: dataclasses.replace(band, members=tuple(sizes), mean=band.mean[at], quantiles=band.quantiles[at])
@@ -300,11 +322,13 @@ class _Curves:
         events: Where to add the points.
 
     Attributes:
-        members: N so far.
+        members: The last N.
     """
 
     def __init__(self, experiment: Experiment, events: EventFile) -> None:
         self.members = 0
+        self._before = 0
+        self._added = 0
         self._limit = experiment.limit
         self._events = events
         self._total = torch.zeros_like(self._limit.mean)
@@ -339,53 +363,82 @@ class _Curves:
         Args:
             deviation: Its outputs minus the NTK mean.
         """
-        self.members += 1
+        self._added += 1
         self._total += deviation
         for name, counts in self._scores.items():
             scale, shift = self._standard[name]
             scores = deviation[self._states[name]].float() * scale - shift
             counts += torch.histc(scores.clamp_(-_SCORE_MAX, _SCORE_MAX), _BINS, -_SCORE_MAX, _SCORE_MAX)
         values = self._values()
-        self._events.add_scalars(values, self.members)
-        self._add_logarithmic(values)
-        if self.members & (self.members - 1) == 0:
+        self._add_point(self._added, values)
+        if self._added & (self._added - 1) == 0:
+            self._rows.append(self._row(values))
             self.add_histograms()
         return values
 
+    def add_row(self, row: ConvergenceRow) -> dict[str, float]:
+        """Add a point for a larger N than the last, and return its values by the names of the charts.
+
+        Args:
+            row: Means over the groups of N members.
+        """
+        values = self._values_of(row)
+        self._add_point(row["members"], values)
+        self._rows.append(row)
+        return values
+
+    def _add_point(self, members: int, values: dict[str, float]) -> None:
+        self._before, self.members, self._last = self.members, members, values
+        for decoder in DECODERS:
+            if values[f"exact match/{decoder}"] < 1:
+                self._exact_from[decoder] = members + 1
+            elif self._exact_from[decoder] > self._before:
+                # Of the N between nothing is known.
+                self._exact_from[decoder] = members
+            values[f"exact from N on/{decoder}"] = float(self._exact_from[decoder])
+        self._events.add_scalars(values, members)
+        self._add_logarithmic(values)
+
     def _values(self) -> dict[str, float]:
-        count, limit = self.members, self._limit
+        count, limit = self._added, self._limit
         mean = limit.mean + self._total / count
         values: dict[str, float] = {}
         for decoder in DECODERS:
             right = decode(mean, limit.thresholds[decoder]) == limit.evaluation.next_states
             states = right.all(1)
-            if not bool(states.all()):
-                self._exact_from[decoder] = count + 1
             rates = {"": (float(states.double().mean()), float(right.double().mean()))}
             for name in self._predictions:
                 rates[f", {name}"] = self._rates[name, decoder](count)
             for suffix, (exact, bits) in rates.items():
                 values[f"exact match/{decoder}{suffix}"] = exact
                 values[f"bit accuracy/{decoder}{suffix}"] = bits
-            values[f"exact from N on/{decoder}"] = float(self._exact_from[decoder])
         values["RMS deviation/measured"] = float((self._total / count).square().mean().sqrt())
         for name, prediction in self._predictions.items():
             values[f"RMS deviation/{name}"] = prediction.rms_deviation(count)
-        if count & (count - 1) == 0:
-            self._rows.append(self._row(values))
-        self._last = values
+        return values
+
+    @staticmethod
+    def _values_of(row: ConvergenceRow) -> dict[str, float]:
+        """Return the values of a row by the names of the charts."""
+        known: Mapping[str, Any] = row
+        values: dict[str, float] = {}
+        for prefix, suffix in _KINDS.items():
+            if known[f"{prefix}rms_deviation"] is not None:
+                for decoder in DECODERS:
+                    values[f"exact match/{decoder}{suffix}"] = known[f"{prefix}exact_match"][decoder]
+                    values[f"bit accuracy/{decoder}{suffix}"] = known[f"{prefix}bit_accuracy"][decoder]
+                values[f"RMS deviation/{suffix[2:] or 'measured'}"] = known[f"{prefix}rms_deviation"]
         return values
 
     def _row(self, values: Mapping[str, float]) -> ConvergenceRow:
         """Return the row of `convergence_rows` for the first N members, which are one group."""
-        kinds = {"": "", "predicted_": ", infinite width", "finite_width_": ", this width"}
-        known = {prefix: f"exact match/{DECODERS[0]}{suffix}" in values for prefix, suffix in kinds.items()}
+        known = {prefix: f"exact match/{DECODERS[0]}{suffix}" in values for prefix, suffix in _KINDS.items()}
         row: Any = {
             "members": self.members,
             "exact_match_spread": dict.fromkeys(DECODERS),
             "execution_match": None,
         }
-        for prefix, suffix in kinds.items():
+        for prefix, suffix in _KINDS.items():
             for key, name in (("exact_match", "exact match"), ("bit_accuracy", "bit accuracy")):
                 shares = {decoder: values.get(f"{name}/{decoder}{suffix}") for decoder in DECODERS}
                 row[f"{prefix}{key}"] = shares if known[prefix] else None
@@ -407,7 +460,7 @@ class _Curves:
             elif group == "RMS deviation" and value > 0:
                 chosen[f"log10 {group} by {_STEPS_AN_OCTAVE} log2 N/{name}"] = math.log10(value)
         end = round(_STEPS_AN_OCTAVE * math.log2(self.members))
-        start = round(_STEPS_AN_OCTAVE * math.log2(self.members - 1)) if self._logarithmic else end - 1
+        start = round(_STEPS_AN_OCTAVE * math.log2(self._before)) if self._logarithmic else end - 1
         for step in range(start + 1, end + 1) if end > start else [end]:
             share = (step - start) / max(end - start, 1)
             points = {
@@ -418,8 +471,8 @@ class _Curves:
         self._logarithmic = chosen
 
     def add_histograms(self) -> None:
-        """Add the histograms of the members so far."""
-        mean = self._limit.mean + self._total / max(self.members, 1)
+        """Add the histograms of the members whose deviations were added."""
+        mean = self._limit.mean + self._total / max(self._added, 1)
         true = self._limit.evaluation.next_states
         # The zero state is decoded apart, with a margin of its own.
         seen = (self._limit.evaluation.matches.any(1)[:, None]).expand_as(true)
@@ -452,7 +505,7 @@ class _Curves:
             bucket_limits=edges[first + 1 : last + 1].tolist(),
             bucket_counts=counts.tolist(),
         )
-        self._events.add_summary(histogram, self.members)
+        self._events.add_summary(histogram, self._added)
 
     def final_metrics(self) -> list[str]:
         """Return the names of the charts whose last values tell how a run has ended."""
@@ -486,17 +539,6 @@ class _Rates:
         errors = bit_error_probability(self._margins[:count], self._variance[:count], members)[:, 0]
         logs = torch.zeros(self._states, dtype=torch.float64).index_add_(0, self._owners[:count], torch.log1p(-errors))
         return float(logs.exp().mean()), 1 - float(errors.sum()) / (self._states * self._bits)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let PyTorch compute on one thread: for many small steps, threads wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _summaries() -> Any:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from ntk_ensembles.ensemble import MLPStack, TwoLayerMLP, choose_cohort, predict, train_members
 from ntk_ensembles.ensemble.cohort import free_memory_bytes
 from ntk_ensembles.errors import OptionError, check_range
+from ntk_ensembles.runs.groups import Block, Measure, blocks_of, joined, rounded_deviations
 from ntk_ensembles.runs.run import Run, TaskOrClass
 from ntk_ensembles.runs.store import StoreError
 from ntk_ensembles.tasks import Task
@@ -188,14 +189,29 @@ class Ensemble(TensorStepper):
         """
         position = {index: i for i, index in enumerate(self.indices)}
         deviations = torch.empty(len(self), *limit.mean.shape, dtype=torch.float16)
+        for indices, part in self._deviations(limit):
+            deviations[[position[index] for index in indices]] = part
+        return deviations
+
+    def blocks(self, measure: Measure) -> list[Block]:
+        """Return the members as sums over aligned groups on other evaluation states, some members at a time.
+
+        Args:
+            measure: What decodes the means of groups on these states.
+        """
+        found: list[Block] = []
+        for indices, part in self._deviations(measure.limit):
+            converged = torch.ones(len(indices), dtype=torch.bool)
+            found = joined(measure, [*found, *blocks_of(measure, torch.tensor(indices), converged, part)])
+        return found
+
+    def _deviations(self, limit: LimitPrediction) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Yield indices and deviations of members that are in memory together."""
         inputs = limit.inputs.to(torch.float32)
         for stack in self._stacks():
-            for start in range(0, len(inputs), _STATES_AT_ONCE):
-                rows = slice(start, start + _STATES_AT_ONCE)
-                # One at a time: the differences are float64.
-                for index, output in zip(stack.indices, predict(stack, inputs[rows]).cpu(), strict=True):
-                    deviations[position[index], rows] = (output - limit.mean[rows]).to(torch.float16)
-        return deviations
+            batches = zip(torch.split(inputs, _STATES_AT_ONCE), torch.split(limit.mean, _STATES_AT_ONCE), strict=True)
+            parts = [rounded_deviations(predict(stack, x), mean) for x, mean in batches]
+            yield stack.indices, torch.cat(parts, 1)
 
     def step(self, batch: Bool[Tensor, "states bits"], decoder: Decoder = "midpoint") -> Step[Tensor]:
         """Predict, decode and compare one micro-step of every state.
@@ -341,7 +357,7 @@ def converged_members(run: Run, count: int | None = None) -> list[int]:
     Raises:
         StoreError: There are none, or fewer than ``count``.
     """
-    results = run.member_results()
+    results = run.statuses()
     found: list[int] = results.indices[results.converged].tolist()
     if count is not None and not 1 <= count <= len(found):
         raise StoreError(f"{run.directory}: {count} members: expected 1 to {len(found)}, as many have converged")

@@ -42,9 +42,13 @@ from ntk_ensembles.theory import (
 
 Accelerator = Literal["auto", "cpu", "gpu"]
 KeepWeights = Literal["auto", "all", "none"]
+KeepDeviations = Literal["auto", "all", "sums"]
 
 WEIGHTS_BUDGET_BYTES = 1 << 30
 """Weights that ``keep_weights="auto"`` keeps at most."""
+
+DEVIATIONS_BUDGET_BYTES = 1 << 28
+"""Deviations of members that ``keep_deviations="auto"`` keeps at most."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ class RunOptions:
     """Steps after which a member is given up as not converged, 1 to 100000."""
 
     cohort: int | None = None
-    """Members to hold at once; by default as many as memory allows, up to 64. Results do not depend on it."""
+    """Members to hold at once; by default as many as memory allows, up to 64, or 1024 small ones that take 256 MiB.
+    Results do not depend on it. Where only sums of deviations are kept, the next lower power of two is taken."""
 
     engine: EngineChoice = "auto"
     """Fast path for one-hot training inputs, which templates are, or torch.func in any case, as a check."""
@@ -108,6 +113,11 @@ class RunOptions:
     keep_weights: KeepWeights = "auto"
     """Keep trained weights: all, none, or auto, which keeps them if they take at most 1 GiB together. Members whose
     weights are not kept are drawn and trained again when they are needed."""
+
+    keep_deviations: KeepDeviations = "auto"
+    """Keep each member's deviations from the NTK mean on the evaluation states: all; only sums over groups of 2, 4, 8,
+    … consecutive members, which give the same statistics of N = 1, 2, 4, … members and hardly grow with the ensemble;
+    or auto, which keeps all if they take at most 256 MiB together."""
 
     devices: int = 1
     """Processes to start on this machine, each with members (and, on GPUs, a device) of its own. Under torchrun and
@@ -140,6 +150,7 @@ class RunOptions:
         check_choice("accelerator", self.accelerator, get_args(Accelerator))
         check_choice("engine", self.engine, ENGINES)
         check_choice("keep_weights", self.keep_weights, get_args(KeepWeights))
+        check_choice("keep_deviations", self.keep_deviations, get_args(KeepDeviations))
         check_range("evaluation_states", self.evaluation_states, 1, 1_000_000)
         check_range("evaluation_seed", self.evaluation_seed, 0, SEED_MAX)
         check_range("steps", self.steps, 1, 100_000)
@@ -297,6 +308,17 @@ class Experiment:
     def weights_bytes(self) -> int:
         """Bytes that the weights of all members take."""
         return self.options.ensemble * self.recipe.weight_bytes
+
+    @property
+    def keeps_deviations(self) -> bool:
+        """Whether deviations of each member are kept, rather than sums over groups."""
+        keep = self.options.keep_deviations
+        return keep == "all" or (keep == "auto" and self.deviations_bytes <= DEVIATIONS_BUDGET_BYTES)
+
+    @property
+    def deviations_bytes(self) -> int:
+        """Bytes that the deviations of all members take in 16 bits."""
+        return self.options.ensemble * len(self.evaluation) * self.task.layout.bits * 2
 
     def fingerprint(self, device_type: str | None = None) -> dict[str, Any]:
         """Return everything that the numbers of a member depend on, in plain values.

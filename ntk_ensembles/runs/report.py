@@ -29,6 +29,7 @@ from ntk_ensembles.runs.bits import (
     standardised_deviations,
 )
 from ntk_ensembles.runs.certificate import count, describe_certificate
+from ntk_ensembles.runs.convergence import group_rows
 from ntk_ensembles.runs.figures import (
     Chart,
     Curve,
@@ -83,9 +84,14 @@ class _Reported:
     def deviations(self) -> Tensor | None:
         """Deviations of the converged members; None where none has, or the run does not keep those of each."""
         kept, converged = self.members.deviations, self.members.converged
-        if len(kept) != len(self.members) or not bool(converged.any()):
+        if kept is None or not bool(converged.any()):
             return None
         return kept if bool(converged.all()) else kept[converged]
+
+    @property
+    def indices(self) -> Tensor:
+        """Indices of the converged members."""
+        return self.members.indices[self.members.converged]
 
     @cached_property
     def needed(self) -> dict[float, dict[Decoder, MembersNeeded]]:
@@ -98,7 +104,7 @@ class _Reported:
         return {
             exact: {
                 decoder: MembersNeeded(
-                    members_needed(rows, experiment.limit, self.deviations, decoder, exact),
+                    members_needed(rows, experiment.limit, self.deviations, self.indices, decoder, exact),
                     predicted(experiment.limit, decoder, exact),
                     predicted(experiment.at_width, decoder, exact),
                 )
@@ -192,10 +198,13 @@ def _finished(run: Run, members: int | None) -> MemberResults:
     results = run.member_results()
     if not len(results):
         raise StoreError(f"{run.directory}: has no finished member yet")
-    converged = int(results.converged.sum())
-    if members is not None and not 1 <= members <= converged:
-        expected = f"an integer from 1 to {converged}, as many members have converged in {run.directory}"
+    indices = results.indices[results.converged]
+    if members is not None and not 1 <= members <= len(indices):
+        expected = f"an integer from 1 to {len(indices)}, as many members have converged in {run.directory}"
         raise OptionError("members", members, expected)
+    if members is not None and not group_rows(indices, members):
+        expected = f"an N of which {run.directory} has a group: N consecutive members, from a multiple of N on, all of "
+        raise OptionError("members", members, f"{expected}them converged")
     return results
 
 
@@ -490,11 +499,11 @@ def _distributions(page: _Page, one: _Reported, prefix: str, members: int | None
     """Add charts of outputs about their thresholds, and of standardised deviations."""
     assert one.deviations is not None
     experiment = one.run.experiment
-    limit, at_width, deviations = experiment.limit, experiment.at_width, one.deviations
+    limit, at_width, deviations, indices = experiment.limit, experiment.at_width, one.deviations, one.indices
     sizes = sorted({1, len(deviations) if members is None else members})
     page.heading("Margins", level)
     page.charts(
-        output_chart(output_histogram(limit, at_width, deviations, size, decoder), decoder, size, prefix)
+        output_chart(output_histogram(limit, at_width, deviations, indices, size, decoder), decoder, size, prefix)
         for decoder in DECODERS
         for size in sizes
     )
@@ -504,7 +513,9 @@ def _distributions(page: _Page, one: _Reported, prefix: str, members: int | None
         ("infinite width", limit, "infinite"),
         (f"width {one.results['width']:,}", at_width, "finite"),
     ):
-        measured = [standardised_deviations(limit, prediction, deviations, n) for n in sizes] if prediction else []
+        measured = (
+            [standardised_deviations(limit, prediction, deviations, indices, n) for n in sizes] if prediction else []
+        )
         if found := [each for each in measured if each]:
             charts.append(standardised_chart(found, whose, f"{prefix}standardised-{name}"))
             rows += [[whose, f"{each.members:,}", f"{each.mean:.3f}", f"{each.deviation:.3f}"] for each in found]
@@ -525,7 +536,7 @@ def _failures(page: _Page, one: _Reported, prefix: str, members: int | None, lev
     for decoder in DECODERS:
         failing = [row["members"] for row in rows if row["bit_accuracy"][decoder] < 1]
         if size := members or max(failing, default=0):
-            bits = bit_failures(experiment.limit, experiment.at_width, one.deviations, size, decoder)
+            bits = bit_failures(experiment.limit, experiment.at_width, one.deviations, one.indices, size, decoder)
             if any(bit.measured for bit in bits):
                 found[decoder] = (size, bits)
     if found:

@@ -18,8 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ntk_ensembles.ensemble.network import one_thread
 from ntk_ensembles.ensemble.products import processor
-from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows
+from ntk_ensembles.runs.convergence import ConvergenceRow, rows_of_blocks
+from ntk_ensembles.runs.groups import Measure
 from ntk_ensembles.runs.options import Experiment
 from ntk_ensembles.runs.store import STAGES, MemberResults
 from ntk_ensembles.theory import DECODERS, Decoder
@@ -91,8 +93,10 @@ def results_of(
         seconds_total: Time that the user has waited in this session.
         seconds_startup: Part of it before training began.
     """
-    kept = members.deviations if bool(members.converged.all()) else members.deviations[members.converged]
-    losses = members.relative_loss
+    measure, losses = Measure(experiment.limit), members.relative_loss
+    blocks = members.summed(measure).blocks
+    with one_thread():
+        rows = rows_of_blocks(measure, blocks, experiment.at_width)
     seconds = dict(zip(STAGES, members.seconds.sum(0).tolist(), strict=True))
     task = experiment.task
     return {
@@ -113,7 +117,7 @@ def results_of(
         "state_bits": task.layout.bits,
         "evaluation_states": len(experiment.evaluation),
         "executions": len(experiment.evaluation.trajectories),
-        "convergence": convergence_rows(experiment.limit, kept, at_width=experiment.at_width),
+        "convergence": rows,
         "finite_width": _finite_width(experiment),
         "training": {
             "steps_max": int(members.steps.max()),

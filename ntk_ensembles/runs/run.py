@@ -10,16 +10,18 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
 from ntk_ensembles.files import options_text, read_options, write_atomically
+from ntk_ensembles.runs.groups import Measure, joined
 from ntk_ensembles.runs.options import SAVED_OPTIONS, Experiment, RunOptions
 from ntk_ensembles.runs.record import from_data, to_data
 from ntk_ensembles.runs.results import Results, results_of
@@ -118,13 +120,73 @@ class Run:
         """Kind of device that trains its members."""
         return torch.device("cuda" if self.store.manifest.get("device") == "cuda" else "cpu")
 
+    @property
+    def has_deviations(self) -> bool:
+        """Whether the deviations of every finished member are kept; `member_results` then returns them.
+
+        Raises:
+            StoreError: A file is damaged.
+        """
+        return self.store.has_deviations
+
     def member_results(self) -> MemberResults:
-        """Return the results of all finished members.
+        """Return the results of all finished members, with their deviations if those of all of them are kept.
 
         Raises:
             StoreError: A file is damaged, or two have a member in common.
         """
-        return self.store.load(*self.experiment.limit.mean.shape)
+        if not self.has_deviations:
+            return self.summary()
+        shape = self._shape
+        return self.store.together([MemberResults.empty(*shape), *self.store.parts(*shape)])
+
+    def summary(self) -> MemberResults:
+        """Return the results of all finished members with sums over aligned groups in place of deviations.
+
+        Its memory hardly grows with the members, as each file's deviations are dropped before the next is read.
+
+        Raises:
+            StoreError: A file is damaged, or two have a member in common.
+        """
+        found = self._without_deviations(lambda part: part.summed(self.measure))
+        return dataclasses.replace(found, blocks=tuple(joined(self.measure, found.blocks)))
+
+    def statuses(self) -> MemberResults:
+        """Return how training of all finished members went, without deviations and sums.
+
+        Raises:
+            StoreError: A file is damaged, or two have a member in common.
+        """
+        return self._without_deviations(MemberResults.statuses)
+
+    def _without_deviations(self, reduced: Callable[[MemberResults], MemberResults]) -> MemberResults:
+        parts = [reduced(part) for part in self.store.parts(*self._shape)]
+        return self.store.together([MemberResults.empty(0, 0).statuses(), *parts])
+
+    @cached_property
+    def measure(self) -> Measure:
+        """What decodes the means of groups of members on the evaluation states."""
+        return Measure(self.experiment.limit)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return len(self.experiment.evaluation), self.experiment.task.layout.bits
+
+    def save(self, results: MemberResults, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write a cohort, with which it counts as finished: with its deviations, or with their sums, as was asked for.
+
+        Args:
+            results: The members' results, with deviations.
+            weights: Their weights, as from `MLPStack.state_dict`; None to keep none.
+
+        Raises:
+            SaveError: The disk is full, or the directory cannot be written; earlier cohorts are intact.
+        """
+        if self.experiment.keeps_deviations:
+            self.store.save(results, weights)
+            return
+        self.store.save(results.summed(self.measure), weights)
+        self.store.join(int(results.indices[0]), len(results), self.measure)
 
     def missing(self) -> list[int]:
         """Return the indices of the planned members that are not finished.
@@ -139,7 +201,7 @@ class Run:
         """Write ``results.json`` for the members so far, and return the results.
 
         Args:
-            results: All members so far, at least one.
+            results: All members so far, at least one, as from `summary` or `member_results`.
             seconds_total: Time that the user has waited in this session.
             seconds_startup: Part of it before training began.
 
@@ -297,7 +359,7 @@ def merge_runs(directories: Sequence[Path], out: str | None = None) -> tuple[Run
     for run in runs:
         if found := first_difference(run.store.manifest, first_run.store.manifest):
             raise StoreError(f"{run.directory} cannot be merged with {directories[0]}: {found}")
-        for index in run.member_results().indices.tolist():
+        for index in run.statuses().indices.tolist():
             if index in owner:
                 raise StoreError(f"member {index} is in {owner[index]} and in {run.directory}")
             owner[index] = run.directory
@@ -318,7 +380,7 @@ def merge_runs(directories: Sequence[Path], out: str | None = None) -> tuple[Run
             for path in files:
                 copy = merged.directory / path.relative_to(run.directory)
                 write_atomically(copy, functools.partial(shutil.copyfile, path), follow=False)
-        results.append(merged.write_results(merged.member_results(), seconds_total=time.perf_counter() - started_at))
+        results.append(merged.write_results(merged.summary(), seconds_total=time.perf_counter() - started_at))
 
     results: list[Results] = []
     experiment = dataclasses.replace(first_run.experiment, options=options)

@@ -4,8 +4,10 @@
   with it the directory is a run.
 - ``task.safetensors``: state, templates and evaluation states of the task.
 - ``config.yaml``: the options, for ``--config`` and ``--resume``.
-- ``checkpoints/members-A-B.safetensors``: the `MemberResults` of a cohort; A and B are its first and last member.
-- ``weights/members-A-B.safetensors``: their weights, where they are kept: the `state_dict` of an `MLPStack`.
+- ``checkpoints/members-A-B.safetensors``: the `MemberResults` of members A to B. With the deviations of each they are
+  a cohort. Otherwise they are an aligned group (`groups`) with the sum of its deviations; the files of two such groups
+  that make up a larger one are joined.
+- ``weights/members-A-B.safetensors``: weights of a cohort, where they are kept: the `state_dict` of an `MLPStack`.
 
 Files hold tensors and text only, so reading one never executes anything from it. Each carries the digest of
 the fingerprint and a checksum of its content: a file of another run, a truncated or a changed one is refused. Nothing
@@ -14,8 +16,10 @@ in it is trusted beyond that: types, shapes and ranges are checked before any of
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -35,8 +39,10 @@ from torch import Tensor
 from ntk_ensembles.ensemble import MemberStatus, Recipe
 from ntk_ensembles.ensemble.network import MEMBER_MAX
 from ntk_ensembles.files import read_bytes, write_atomically
+from ntk_ensembles.runs.groups import OUTCOMES, Block, Measure, Outcomes, blocks_of, joined, sibling_of
 from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.templates import TemplateSet
+from ntk_ensembles.theory import DECODERS
 
 _MANIFEST, _TASK, _CONFIG = "manifest.json", "task.safetensors", "config.yaml"
 _FOLDERS = ("checkpoints", "weights", "figures")
@@ -51,7 +57,7 @@ _HALF_WRITTEN = (
 )
 """Names of files that were being written: of `write_atomically`, and of what safetensors makes beside them."""
 
-FORMAT = 4
+FORMAT = 5
 """Version of everything in the directory. Directories of another version are refused."""
 
 STAGES = ("init", "train", "evaluate")
@@ -64,10 +70,11 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class MemberResults:
-    """Results of a set of trained members; statistics for any ensemble size N follow from them without retraining.
+    """Results of a set of trained members; statistics follow from them without retraining.
 
-    Deviations are kept in float16, 2 bytes for each member, state and bit (200 MB for 512 members, 1000 states
-    of 200 bits); their rounding is at most 2⁻¹¹ of themselves.
+    With deviations, those of ensembles of any size N follow. They are kept in float16, 2 bytes for each member, state
+    and bit (200 MB for 512 members, 1000 states of 200 bits); their rounding is at most 2⁻¹¹ of themselves. Without
+    them, those of N = 1, 2, 4, … and of all members follow from sums over aligned groups, to the same digits.
 
     Attributes:
         indices: Indices of the members, each once.
@@ -76,8 +83,9 @@ class MemberResults:
         relative_loss: Last squared training error over the first.
         loss_counts: Number of ``losses`` that belong to each member.
         losses: Squared training error before each step and after the last, member after member.
-        deviations: Outputs minus the NTK mean.
         seconds: Wall time of each of `STAGES`, a row for each cohort.
+        deviations: Outputs minus the NTK mean; None where they have not been kept, or not of every member.
+        blocks: The members as sums over aligned groups; empty where deviations are there.
     """
 
     indices: Int64[Tensor, " members"]
@@ -86,8 +94,9 @@ class MemberResults:
     relative_loss: Float64[Tensor, " members"]
     loss_counts: Int64[Tensor, " members"]
     losses: Float64[Tensor, " losses"]
-    deviations: Float16[Tensor, "members states bits"]
     seconds: Float64[Tensor, "cohorts stages"]
+    deviations: Float16[Tensor, "members states bits"] | None = None
+    blocks: tuple[Block, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of members."""
@@ -116,9 +125,24 @@ class MemberResults:
             torch.tensor([status.relative_loss for status in statuses], dtype=torch.float64),
             torch.tensor([len(status.losses) for status in statuses], dtype=torch.int64),
             torch.tensor([loss for status in statuses for loss in status.losses], dtype=torch.float64),
-            deviations.to(torch.float16),
             torch.tensor([seconds], dtype=torch.float64),
+            deviations.to(torch.float16),
         )
+
+    def summed(self, measure: Measure) -> MemberResults:
+        """Return the same with sums over aligned groups in place of deviations.
+
+        Args:
+            measure: What decodes the means of groups.
+        """
+        if self.deviations is None:
+            return self
+        blocks = blocks_of(measure, self.indices, self.converged, self.deviations)
+        return dataclasses.replace(self, deviations=None, blocks=tuple(blocks))
+
+    def statuses(self) -> MemberResults:
+        """Return the same without deviations and sums: how training went."""
+        return dataclasses.replace(self, deviations=None, blocks=())
 
     @classmethod
     def empty(cls, states: int, bits: int) -> MemberResults:
@@ -135,41 +159,54 @@ class MemberResults:
     def concatenate(cls, parts: Iterable[MemberResults]) -> MemberResults:
         """Return the results of the members of several parts, in the order of their indices.
 
+        There are deviations if every part has them. Sums are not joined.
+
         Raises:
             ValueError: No parts, or a member that is in two of them.
         """
-        listed = list(parts)
+        # Most often in order then, and nothing has to be moved.
+        listed = sorted(parts, key=lambda part: part.indices[:1].tolist())
         if not listed:
             raise ValueError("no results to put together")
-        columns = {name: torch.cat([getattr(part, name) for part in listed]) for name in COLUMNS}
+        columns = {name: torch.cat([getattr(part, name) for part in listed]) for name in STATUS_COLUMNS}
         order = columns["indices"].argsort()
         indices = columns["indices"][order]
         if (twice := indices[1:][indices[1:] == indices[:-1]]).numel():
             raise ValueError(f"member {int(twice[0])} is there twice")
-        losses = torch.split(columns["losses"], columns["loss_counts"].tolist())
-        columns["losses"] = torch.cat([losses[i] for i in order.tolist()]) if len(order) else columns["losses"]
-        for name in ("indices", "converged", "steps", "relative_loss", "loss_counts"):
-            columns[name] = columns[name][order]
+        deviations = [part.deviations for part in listed if part.deviations is not None]
+        kept = torch.cat(deviations) if len(deviations) == len(listed) else None
         if not torch.equal(order, torch.arange(len(order))):
-            columns["deviations"] = columns["deviations"][order]
-        return cls(**columns)
+            losses = torch.split(columns["losses"], columns["loss_counts"].tolist())
+            columns["losses"] = torch.cat([losses[i] for i in order.tolist()])
+            for name in ("indices", "converged", "steps", "relative_loss", "loss_counts"):
+                columns[name] = columns[name][order]
+            kept = None if kept is None else kept[order]
+        return cls(**columns, deviations=kept, blocks=tuple(block for part in listed for block in part.blocks))
 
 
-COLUMNS = tuple(column.name for column in fields(MemberResults))
-"""Names of the tensors in a file of `MemberResults`."""
+STATUS_COLUMNS = tuple(column.name for column in fields(MemberResults))[:-2]
+"""Names of the tensors of `MemberResults` that say how training went."""
 
 Schema = Mapping[str, str]
 """Type and axes of every tensor of a file. An axis is a number, or a name that is the same number everywhere."""
 
-_RESULTS_SCHEMA: Schema = {
+_STATUS_SCHEMA: Schema = {
     "indices": "I64 members",
     "converged": "BOOL members",
     "steps": "I64 members",
     "relative_loss": "F64 members",
     "loss_counts": "I64 members",
     "losses": "F64 losses",
-    "deviations": "F16 members states bits",
     "seconds": f"F64 cohorts {len(STAGES)}",
+}
+_DEVIATIONS_SCHEMA: Schema = {**_STATUS_SCHEMA, "deviations": "F16 members states bits"}
+_SUMS_SCHEMA: Schema = {
+    **_STATUS_SCHEMA,
+    "sums": "I64 states bits",
+    "states_right": f"I64 groups {len(DECODERS)}",
+    "bits_right": f"I64 groups {len(DECODERS)}",
+    "executions_right": f"I64 groups {len(DECODERS)}",
+    "mean_square": "F64 groups",
 }
 _TASK_SCHEMA: Schema = {
     "ones": "I64 ones 2",
@@ -371,20 +408,53 @@ class RunStore:
         Raises:
             SaveError: The disk is full, or the directory cannot be written; earlier cohorts are intact.
         """
-        first, last = int(results.indices[0]), int(results.indices[-1])
-        name = f"members-{first:06d}-{last:06d}.safetensors"
+        name = _name_of(int(results.indices[0]), len(results))
         if weights is not None:
             self._save(self.directory / "weights" / name, {"indices": results.indices, **weights})
-        columns = {column: getattr(results, column) for column in COLUMNS}
-        self._save(self.directory / "checkpoints" / name, columns)
+        tensors = {column: getattr(results, column) for column in STATUS_COLUMNS}
+        if results.deviations is not None:
+            tensors["deviations"] = results.deviations
+        else:
+            (block,) = results.blocks
+            tensors |= {"sums": block.sums} | {column: getattr(block.outcomes, column) for column in OUTCOMES}
+        self._save(self.directory / "checkpoints" / name, tensors)
+
+    def join(self, first: int, members: int, measure: Measure) -> None:
+        """Join the file of an aligned group that was just saved with those of its neighbours, as far as they are there.
+
+        Processes may do so side by side: they would write the same, and a file that has gone was joined by another.
+
+        Args:
+            first: First member of the group.
+            members: Number of its members.
+            measure: What decodes the means of groups.
+
+        Raises:
+            SaveError: The disk is full, or the directory cannot be written; what was finished is intact.
+            StoreError: A damaged file.
+        """
+        while True:
+            other = sibling_of(first, members)[0]
+            paths = [self.directory / "checkpoints" / _name_of(index, members) for index in sorted((first, other))]
+            if not all(path.exists() for path in paths):
+                return
+            try:
+                if not all(self._has(path, "sums") for path in paths):
+                    return
+                parts = [self.load_file(path, *measure.limit.mean.shape) for path in paths]
+            except StoreError:
+                if all(path.exists() for path in paths):
+                    raise
+                return
+            both = MemberResults.concatenate(parts)
+            self.save(dataclasses.replace(both, blocks=tuple(joined(measure, both.blocks))))
+            for path in paths:
+                path.unlink(missing_ok=True)
+            first, members = min(first, other), 2 * members
 
     def files(self) -> list[Path]:
-        """Return the files of finished cohorts: weights first, then the results with which they count."""
+        """Return the files of finished members: weights first, then the results with which they count."""
         return [*self.weight_files(), *self.result_files()]
-
-    def result_files(self) -> list[Path]:
-        """Return the files of finished cohorts' results."""
-        return self._files("checkpoints")
 
     def _files(self, folder: str) -> list[Path]:
         path = self.directory / folder
@@ -392,33 +462,61 @@ class RunStore:
             raise StoreError(f"{path}: is no folder; the run cannot be used without it")
         return sorted(path.glob("members-*.safetensors"))
 
+    def result_files(self) -> list[Path]:
+        """Return the files of finished members' results, but those that have been joined and were not yet deleted."""
+        files = self._files("checkpoints")
+        named = _Named(files)
+        return [path for path in files if not named.cover(path, properly=True)]
+
     def finished(self) -> set[int]:
         """Return the indices of all finished members, without reading their results.
 
         Raises:
             StoreError: A damaged file.
         """
-        return {index for path in self._files("checkpoints") for index in self.members_of(path)}
+        return {index for path in self.result_files() for index in self.members_of(path)}
 
-    def load(self, states: int, bits: int) -> MemberResults:
-        """Return the results of every finished member, in the order of their indices.
+    @property
+    def has_deviations(self) -> bool:
+        """Whether the deviations of every finished member are there, as far as names of tensors say.
+
+        Raises:
+            StoreError: A damaged file.
+        """
+        return not any(self._has(path, "sums") for path in self.result_files())
+
+    def parts(self, states: int, bits: int) -> Iterator[MemberResults]:
+        """Yield the results of every finished member, file by file.
 
         Args:
             states: Number of evaluation states.
             bits: Bits of a state.
 
         Raises:
-            StoreError: A file that is damaged, of another run or of another version, or two with a member in
-                common; nothing is guessed.
+            StoreError: A file that is damaged, of another run or of another version; nothing is guessed.
         """
-        found = [self.load_file(path, states, bits) for path in self.result_files()]
+        for path in self.result_files():
+            yield self.load_file(path, states, bits)
+
+    def together(self, parts: Iterable[MemberResults]) -> MemberResults:
+        """Return the results of several files, as from `parts`, in the order of the members' indices.
+
+        Raises:
+            StoreError: Two of them have a member in common.
+        """
         try:
-            return MemberResults.concatenate([MemberResults.empty(states, bits), *found])
+            return MemberResults.concatenate(parts)
         except (ValueError, RuntimeError) as error:
+            if isinstance(error, StoreError):
+                raise
             raise StoreError(f"{self.directory}/checkpoints: {error}; move one of the files away") from None
 
+    def _has(self, path: Path, name: str) -> bool:
+        with _opened(path, {}, {}) as file:
+            return name in file.keys()  # noqa: SIM118 (a file is no dictionary)
+
     def load_file(self, path: Path, states: int, bits: int) -> MemberResults:
-        """Return the results in one of `result_files`.
+        """Return the results in one of `result_files`, once they are as this run has written them.
 
         Args:
             path: The file.
@@ -428,16 +526,23 @@ class RunStore:
         Raises:
             StoreError: The file is damaged, of another run or of another version.
         """
-        tensors, _ = self._load(path, _RESULTS_SCHEMA, {"states": states, "bits": bits})
-        results = MemberResults(**tensors)
-        if fault := _fault_of(results):
+        sizes, has_sums = {"states": states, "bits": bits}, self._has(path, "sums")
+        tensors, _ = self._load(path, _SUMS_SCHEMA if has_sums else _DEVIATIONS_SCHEMA, sizes)
+        columns: dict[str, Any] = {name: tensors[name] for name in STATUS_COLUMNS}
+        results = MemberResults(**columns, deviations=tensors.get("deviations"))
+        fault = _fault_of(path, results)
+        if fault is None and has_sums:
+            outcomes = Outcomes(*(tensors[name] for name in OUTCOMES))
+            block = Block(int(results.indices[0]), results.converged, tensors["sums"], outcomes)
+            results, fault = dataclasses.replace(results, blocks=(block,)), _fault_of_block(block)
+        if fault:
             raise StoreError(f"{path}: is damaged ({fault}); {_remedy(path)}")
         return results
 
     def weight_files(self) -> list[Path]:
         """Return the files of finished cohorts' kept weights."""
-        finished = {path.name for path in self._files("checkpoints")}
-        return [path for path in self._files("weights") if path.name in finished]
+        named = _Named(self.result_files())
+        return [path for path in self._files("weights") if named.cover(path)]
 
     def sweep(self) -> None:
         """Delete the incomplete files of a session that was killed. The caller must hold the lock.
@@ -445,9 +550,9 @@ class RunStore:
         Raises:
             StoreError: The directory is damaged; nothing has been deleted.
         """
-        finished = {path.name for path in self._files("checkpoints")}
-        for path in self._files("weights"):
-            if path.name not in finished and path.is_file():
+        used = {*self.files()}
+        for path in (*self._files("weights"), *self._files("checkpoints")):
+            if path not in used and path.is_file():
                 path.unlink(missing_ok=True)
         (self.directory / _BEGINNING).unlink(missing_ok=True)
         self._sweep_half_written()
@@ -466,7 +571,7 @@ class RunStore:
         """
         with _opened(path, {"indices": "I64 members"}, {}) as file:
             indices = file.get_tensor("indices")
-        if fault := _fault_of_indices(indices):
+        if fault := _fault_of_indices(path, indices):
             raise StoreError(f"{path}: is damaged ({fault}); {_remedy(path)}")
         members: list[int] = indices.tolist()
         return members
@@ -584,18 +689,21 @@ def _opened(path: Path, schema: Schema, sizes: Mapping[str, int]) -> Iterator[An
         raise StoreError(f"{path}: is damaged ({error}); {_remedy(path)}") from None
 
 
-def _fault_of_indices(indices: Tensor) -> str | None:
-    """Return what is wrong with the indices of members, or None."""
+def _fault_of_indices(path: Path, indices: Tensor) -> str | None:
+    """Return what is wrong with the indices of the members in a file, or None."""
     if not len(indices):
         return "has no members"
-    if int(indices.min()) < 0 or int(indices.max()) > MEMBER_MAX or len(set(indices.tolist())) < len(indices):
-        return f"its members are not different ones from 0 to {MEMBER_MAX}"
+    first, last = int(indices[0]), int(indices[-1])
+    if not torch.equal(indices, first + torch.arange(len(indices))) or first < 0 or last > MEMBER_MAX:
+        return f"its members are not consecutive ones from 0 to {MEMBER_MAX}"
+    if path.name != _name_of(first, len(indices)):
+        return f"its members are {first} to {last}"
     return None
 
 
-def _fault_of(results: MemberResults) -> str | None:
+def _fault_of(path: Path, results: MemberResults) -> str | None:
     """Return what is wrong with results of the right types and shapes, or None."""
-    if fault := _fault_of_indices(results.indices):
+    if fault := _fault_of_indices(path, results.indices):
         return fault
     counts, kept = results.loss_counts, results.converged
     if int(kept.view(torch.uint8).max()) > 1:
@@ -608,9 +716,62 @@ def _fault_of(results: MemberResults) -> str | None:
         or int(counts.sum()) != len(results.losses)
     ):
         return "its loss_counts do not add up to its losses"
-    if not bool(results.relative_loss[kept].isfinite().all() & results.deviations[kept].isfinite().all()):
+    numbers = results.relative_loss[kept].isfinite().all()
+    if results.deviations is not None:
+        numbers &= results.deviations[kept].isfinite().all()
+    if not bool(numbers):
         return "members that have converged have losses or deviations that are no numbers"
     return None
+
+
+def _fault_of_block(block: Block) -> str | None:
+    """Return what is wrong with a block's sums, or None."""
+    members, outcomes, numbers = len(block), block.outcomes, block.sums.numel()
+    if members & (members - 1) or block.first % members:
+        return "its members are no aligned group"
+    if len(outcomes) != 2 * members - 1:
+        return f"has outcomes of {len(outcomes)} groups, expected {2 * members - 1}"
+    counts = torch.cat([getattr(outcomes, name) for name in OUTCOMES[:-1]])
+    if int(counts.min()) < 0 or int(counts.max()) > numbers or bool((outcomes.states_right > len(block.sums)).any()):
+        return "its counts lie outside what can be right"
+    if not bool((outcomes.mean_square >= 0).all() & outcomes.mean_square.isfinite().all()):
+        return "its mean squares are below 0 or no numbers"
+    # A member's deviations are numbers of 16 bits.
+    if max(int(block.sums.max()), -int(block.sums.min())) > members << 40:
+        return "its sums are larger than those of as many members can be"
+    return None
+
+
+def _name_of(first: int, members: int) -> str:
+    return f"members-{first:06d}-{first + members - 1:06d}.safetensors"
+
+
+def _members_named(path: Path) -> range:
+    """Return the members that the name of a file says it holds, none if it is no such name."""
+    found = re.fullmatch(r"members-(\d{6,10})-(\d{6,10})\.safetensors", path.name)
+    return range(int(found[1]), int(found[2]) + 1) if found else range(0)
+
+
+class _Named:
+    """Ranges of members that names of files say they hold.
+
+    Args:
+        files: The files.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        ranges = sorted((held for held in map(_members_named, files) if held), key=lambda held: (held[0], -len(held)))
+        self._keys = [(held[0], -len(held)) for held in ranges]
+        self._ends = list(itertools.accumulate((held[-1] for held in ranges), max))
+
+    def cover(self, path: Path, *, properly: bool = False) -> bool:
+        """Check whether one of them holds all members of a file; ``properly``: and more."""
+        members = _members_named(path)
+        if not members:
+            return False
+        find = bisect.bisect_left if properly else bisect.bisect_right
+        before = find(self._keys, (members[0], -len(members)))
+        return before > 0 and self._ends[before - 1] >= members[-1]
 
 
 def _remedy(path: Path) -> str:

@@ -40,6 +40,7 @@ from ntk_ensembles.runs import (
     print_report,
     print_warnings,
 )
+from ntk_ensembles.runs.groups import aligned_blocks, rounded_deviations
 from ntk_ensembles.runs.store import lock, wait_for_lock
 from ntk_ensembles.tasks import Task
 from ntk_ensembles.training.data import evaluation_batches, template_batch
@@ -156,7 +157,7 @@ class _Plan:
     def make(cls, run: Run, missing: Sequence[int], size: int, processes: int) -> _Plan:
         """Deal cohorts of at most ``size`` members out to the processes."""
         size = max(1, min(size, -(-len(missing) // processes)))
-        cohorts = _split(missing, size)
+        cohorts = _cohorts(run, missing, size)
         return cls(str(run.directory), [cohorts[rank::processes] for rank in range(processes)])
 
 
@@ -369,7 +370,7 @@ def _train_cohorts(
                 # What follows comes after the handler, whose exception holds the tensors of the attempt.
                 pass
             else:
-                run.store.save(results, weights if run.experiment.keeps_weights else None)
+                run.save(results, weights if run.experiment.keeps_weights else None)
                 del weights
                 if extras.dashboard is not None:
                     extras.dashboard.cohort_done(results)
@@ -386,11 +387,20 @@ def _train_cohorts(
             # Members do not depend on how many are trained together; what did not fit will not fit next time.
             half = len(cohort) // 2
             say(f"out of memory with {len(cohort)} members at once; continuing with {half}")
-            waiting = [part for larger in [*waiting, cohort] for part in reversed(_split(larger, half))]
+            waiting = [part for larger in [*waiting, cohort] for part in reversed(_cohorts(run, larger, half))]
 
 
-def _split(members: Sequence[int], size: int) -> list[list[int]]:
-    return [list(members[start : start + size]) for start in range(0, len(members), size)]
+def _cohorts(run: Run, members: Sequence[int], size: int) -> list[list[int]]:
+    """Return members, ascending, in cohorts of at most ``size`` consecutive ones, which are aligned for sums."""
+    if not run.experiment.keeps_deviations:
+        return aligned_blocks(members, size)
+    cohorts: list[list[int]] = []
+    for index in members:
+        if cohorts and len(cohorts[-1]) < size and cohorts[-1][-1] == index - 1:
+            cohorts[-1].append(index)
+        else:
+            cohorts.append([index])
+    return cohorts
 
 
 def _train_cohort(
@@ -440,12 +450,16 @@ def _train_cohort(
     times.append(time.perf_counter())
     advance(_SHARE_OF_TRAINING, "evaluating")
     outputs: Any = trainer.predict(module, evaluation_batches(limit))
-    deviations = torch.cat([batch.cpu() for batch in outputs], 1) - limit.mean
+    means = torch.split(limit.mean, [batch.shape[1] for batch in outputs])
+    parts = [rounded_deviations(batch, mean) for batch, mean in zip(outputs, means, strict=True)]
+    deviations = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     times.append(time.perf_counter())
     seconds = [after - before for before, after in itertools.pairwise(times)]
     results = MemberResults.from_cohort(cohort, module.statuses, deviations, seconds)
     weights = {name: parameter.data for name, parameter in module.stack.named_parameters()}
-    # Module and trainer refer to each other, so they last until the garbage collector comes by. Their weights must not.
+    # Module and trainer refer to each other, so they last until the garbage collector comes by. Their weights and
+    # outputs must not.
+    outputs.clear()
     for parameter in module.stack.parameters():
         parameter.data = parameter.data.new_empty(0)
     return results, weights
@@ -497,12 +511,11 @@ def _announce(run: Run, missing: Sequence[int], size: int, processes: int, conso
     experiment = run.experiment
     options, task = experiment.options, experiment.task
     size = min(size, max(-(-len(missing) // processes), 1))
-    amount = experiment.weights_bytes
-    bytes_text = f"{amount / 2**30:.1f} GiB" if amount >= 1 << 27 else f"{amount / 2**20:.1f} MiB"
+    weights = _in_words(experiment.weights_bytes)
     kept = (
-        f"Weights are kept ({bytes_text})."
+        f"Weights are kept ({weights})."
         if experiment.keeps_weights
-        else (f"Weights are not kept (they would take {bytes_text}).")
+        else (f"Weights are not kept (they would take {weights}).")
     )
     text = (
         f"{task!r}: {len(task.templates)} templates, {task.layout.bits} bits. {options.ensemble} members of width "
@@ -511,9 +524,16 @@ def _announce(run: Run, missing: Sequence[int], size: int, processes: int, conso
     if processes > 1:
         text += f" in each of {processes} processes"
     text += f", evaluated on {len(experiment.evaluation)} states. {kept}"
+    if not experiment.keeps_deviations:
+        text += " Deviations are kept as sums over groups of members "
+        text += f"(of each member they would take {_in_words(experiment.deviations_bytes)})."
     if finished := options.ensemble - len(missing):
         text += f" {finished} members are finished already."
     console.print(text, highlight=False, markup=False)
+
+
+def _in_words(amount: int) -> str:
+    return f"{amount / 2**30:.1f} GiB" if amount >= 1 << 27 else f"{amount / 2**20:.1f} MiB"
 
 
 @contextmanager

@@ -322,6 +322,18 @@ def test_standardised_deviations_and_members_needed(reported: tuple[Page, Path],
             assert needed == 1 or limit.exact_match(needed - 1, decoder) < target  # type: ignore[arg-type]
 
 
+def test_a_run_of_sums_is_reported_without_what_needs_single_members(trained: Path, tmp_path: Path) -> None:
+    sums = run_of(tmp_path / "sums", "--bits", "3", "--width", "256", "--keep-deviations", "sums")
+    assert main(["report", str(sums), "--no-certificate"]) == 0
+    assert main(["report", str(trained), "--no-certificate", "--out", str(tmp_path / "each")]) == 0
+    page, each = Page(sums / "report" / "index.html"), Page(tmp_path / "each" / "index.html")
+    assert {path.stem for path in (sums / "report").glob("*.svg")} == {"exact-match", "deviation", "time"}
+    for title in ("Exact match by midpoint", "Exact match by sign", "RMS deviation from the NTK mean"):
+        assert page.table(title) == each.table(title)
+    assert any("measured to the next power of two" in caption for caption in page.captions)
+    assert "keeps sums over groups of members" in page.text
+
+
 def test_runs_side_by_side(
     trained: Path,
     others: tuple[Path, Path],

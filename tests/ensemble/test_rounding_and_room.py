@@ -68,9 +68,9 @@ def test_as_many_members_as_fit_may_be_asked_for_and_not_one_more(
 @pytest.mark.parametrize(
     ("fits", "workers", "members", "expected"),
     [
-        # No more than 64, in whole rounds of the cores.
-        (10**6, 1, 500, 64),
-        (10**6, 3, 500, 63),
+        # All that are wanted of members as small as these, in whole rounds of the cores; no more than 1,024.
+        (10**6, 1, 5000, 1024),
+        (10**6, 3, 5000, 1023),
         (10**6, 3, 10, 10),
         # A quarter of the memory, but every core gets a member if it fits at all.
         (40, 1, 500, 10),
@@ -90,6 +90,18 @@ def test_by_default_a_cohort_is_whole_rounds_of_what_fits(
     assert choose_cohort(recipe, 7, members, CPU) == expected
     # Never more than there are members, or than was asked for.
     assert choose_cohort(recipe, 7, 2, CPU, wanted=min(fits, 5)) == min(fits, 2)
+
+
+@pytest.mark.parametrize(("width", "expected"), [(1 << 20, 64), (1 << 14, 102), (1 << 13, 204), (1, 1024)])
+def test_members_are_many_together_only_if_they_are_small(
+    width: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64, or as many as take 256 MiB, here 268435456/(4·width·40) and a little less for what a step needs."""
+    monkeypatch.setattr("ntk_ensembles.ensemble.cohort.free_memory_bytes", lambda device: 1 << 40)
+    monkeypatch.setattr("ntk_ensembles.ensemble.cohort._MEMORY_CAP_CPU", 1 << 40)
+    monkeypatch.setattr("ntk_ensembles.ensemble.cohort.cpu_workers", lambda: 1)
+    found = choose_cohort(Recipe(torch.zeros(20, 20), width), 1, 5000, CPU)
+    assert 0.8 * expected <= found <= expected
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])

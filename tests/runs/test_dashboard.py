@@ -217,6 +217,63 @@ def test_a_resumed_and_a_merged_run_have_the_charts_of_an_uninterrupted_one(logd
     assert scalars(resumed) == scalars(merged.directory) == expected
 
 
+def test_a_run_of_sums_has_the_charts_that_a_session_sees_and_the_rows_of_the_rest(
+    logdir: Path, tmp_path: Path
+) -> None:
+    """From one session as with deviations. Resumed after five members, or merged: the rows of N = 1, 2, 4, 8, 9."""
+    whole = scalars(logdir / "wide")
+    assert scalars(trained(tmp_path / "one", keep_deviations="sums")) == whole
+    resumed = trained(tmp_path / "resumed", ensemble=5, keep_deviations="sums")
+    more = dataclasses.replace(OPTIONS, resume=str(resumed), keep_deviations="sums")
+    assert train(Addition(3), more, console=QUIET)
+    parts = [
+        trained(tmp_path / "a", ensemble=4, keep_deviations="sums"),
+        trained(tmp_path / "b", first_member=4, ensemble=5, keep_deviations="sums"),
+    ]
+    merged, results = merge_runs(parts, str(tmp_path / "merged"))
+    assert dashboard.Dashboard(merged.store, merged.experiment).finish(merged.member_results(), results) == []
+    rows = json.loads((logdir / "wide" / "results.json").read_text())["convergence"]
+    assert [row["members"] for row in rows] == [1, 2, 4, 8, 9]
+    for directory in (resumed, merged.directory):
+        found = scalars(directory)
+        assert found.keys() == whole.keys()
+        for tag, points in found.items():
+            if "training loss" in tag:
+                assert points == whole[tag]
+            elif " by " not in tag:
+                assert sorted(points) == [1, 2, 4, 8, 9]
+        for row in rows:
+            n = row["members"]
+            assert found["RMS deviation/measured"][n] == pytest.approx(row["rms_deviation"])
+            for decoder in DECODERS:
+                for key, tag in (("exact_match", "exact match"), ("bit_accuracy", "bit accuracy")):
+                    assert found[f"{tag}/{decoder}"][n] == pytest.approx(row[key][decoder])
+                chart = found[f"exact match by 100 log2 N/{decoder}"]
+                assert sorted(chart) == list(range(round(100 * math.log2(9)) + 1))
+                assert chart[round(100 * math.log2(n))] == pytest.approx(row["exact_match"][decoder])
+        for decoder in DECODERS:
+            exact = [row["members"] for row in rows if row["exact_match"][decoder] < 1]
+            # The next row, as nothing is known of the N between; after the last, one more.
+            later = [row["members"] for row in rows if row["members"] > max(exact, default=0)]
+            assert found[f"exact from N on/{decoder}"][9] == (later[0] if later else 10)
+        assert not [tag for tag in read(directory).Tags()["histograms"] if tag.startswith("standardised")]
+
+
+def test_a_session_of_sums_goes_on_with_rows_where_its_members_end(tmp_path: Path) -> None:
+    """Members 0 to 3 of this session, then four of another: points at 1, 2, 3, 4, and at 8."""
+    run = Run.open(trained(tmp_path / "run", ensemble=8, keep_deviations="sums"))
+    first = Run.open(trained(tmp_path / "first", ensemble=4)).member_results()
+    board = dashboard.Dashboard(run.store, run.experiment)
+    board.cohort_done(first)
+    results = json.loads((run.directory / "results.json").read_text())
+    assert board.finish(run.member_results(), results) == []
+    found = scalars(run.directory)
+    assert sorted(found["RMS deviation/measured"]) == [1, 2, 3, 4, 8]
+    assert found["RMS deviation/measured"][8] == pytest.approx(results["convergence"][-1]["rms_deviation"])
+    (shown, *_, last) = read(run.directory).Histograms("standardised deviations/infinite width")
+    assert (shown.step, last.step) == (1, 4)
+
+
 def test_charts_are_written_while_the_run_goes_on(
     logdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,14 +151,14 @@ def test_weights_are_kept_by_themselves_while_they_take_a_gibibyte_at_most() -> 
     assert not keeps(1, 1, "none")
 
 
-@pytest.mark.parametrize("version", [3, 5])
+@pytest.mark.parametrize("version", [4, 6])
 def test_a_run_of_another_version_is_refused_be_it_older_or_newer(version: int, tmp_path: Path) -> None:
     directory = run(tmp_path / "run")
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest["format"] == 4
+    assert manifest["format"] == 5
     path.write_text(json.dumps({**manifest, "format": version}))
-    with pytest.raises(StoreError, match=rf"was written by another version \(format {version}, this one reads 4\)"):
+    with pytest.raises(StoreError, match=rf"was written by another version \(format {version}, this one reads 5\)"):
         Ensemble.load(directory)
 
 

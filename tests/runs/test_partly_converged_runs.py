@@ -99,16 +99,21 @@ def without_weights(partly: PartlyConverged, tmp_path: Path) -> Path:
     return directory
 
 
-def rows_by_hand(limit: LimitPrediction, deviations: list[Tensor]) -> list[dict[str, Any]]:
-    """Measured values of groups of 1, 2, 4, … consecutive members, state by state."""
+def rows_by_hand(limit: LimitPrediction, deviations: dict[int, Tensor]) -> list[dict[str, Any]]:
+    """Measured values of whole groups of 1, 2, 4, … consecutive members, from a multiple of that on; state by state."""
     count = len(deviations)
-    sizes = sorted({*itertools.takewhile(lambda n: n <= count, (1 << i for i in range(20))), count})
     rows = []
-    for size in sizes:
+    for size in sorted({*itertools.takewhile(lambda n: n <= count, (1 << i for i in range(20))), count}):
+        groups = [range(first, first + size) for first in range(0, max(deviations) + 1, size)]
+        whole: list[list[int]] = [list(group) for group in groups if deviations.keys() >= set(group)]
+        if size == count:
+            whole = [sorted(deviations)]
+        if not whole:
+            continue
         exact: dict[str, list[float]] = {decoder: [] for decoder in DECODERS}
         squares = []
-        for start in range(0, count - size + 1, size):
-            mean = sum(deviations[start : start + size], torch.zeros_like(deviations[0])) / size
+        for group in whole:
+            mean = torch.stack([deviations[index] for index in group]).sum(0) / size
             squares.append(float(mean.square().mean()))
             for decoder in DECODERS:
                 decoded = limit.mean + mean > limit.thresholds[decoder]
@@ -163,11 +168,11 @@ def test_no_average_has_a_member_that_did_not_converge(partly: PartlyConverged) 
     limit = limit_of(STATES, 0)
     deviations = {index: outputs.double() - limit.mean for index, outputs in partly.outputs.items()}
     rows = partly.results["convergence"]
-    expected = rows_by_hand(limit, [deviations[index] for index in partly.converged])
+    expected = rows_by_hand(limit, {index: deviations[index] for index in partly.converged})
     check_rows(rows, expected, STATES)
     # The oracle would tell: with all members, or with the first six, the numbers are others.
     for others in (list(INDICES), list(INDICES)[:6]):
-        wrong = rows_by_hand(limit, [deviations[index] for index in others])
+        wrong = rows_by_hand(limit, {index: deviations[index] for index in others})
         assert wrong[0]["rms"] != pytest.approx(expected[0]["rms"], rel=1e-2)
 
 
@@ -247,10 +252,10 @@ def test_evaluation_on_other_states_is_of_converged_members(
     found = evaluated(capsys, str(directory), *other)
     limit = limit_of(states, seed)
     inputs = limit.inputs.float()
-    deviations = [
-        alone(index, partly.options.tolerance)[0](inputs).detach()[0].double() - limit.mean
+    deviations = {
+        index: alone(index, partly.options.tolerance)[0](inputs).detach()[0].double() - limit.mean
         for index in partly.converged
-    ]
+    }
     check_rows(found["convergence"], rows_by_hand(limit, deviations), states)
     assert (found["evaluation_states"], found["evaluation_seed"]) == (states, seed)
 

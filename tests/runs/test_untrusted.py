@@ -311,7 +311,7 @@ def test_pictures_that_fail_cost_a_warning(
     def full(event_file: EventFile) -> None:
         raise SaveError("events: no space left on device")
 
-    monkeypatch.setattr(figures, "convergence_panels", without_fonts)
+    monkeypatch.setattr(figures, "convergence_charts", without_fonts)
     monkeypatch.setattr(EventFile, "write", full)
     out = tmp_path / "run"
     shutil.copytree(added, out)
@@ -391,9 +391,9 @@ def test_results_in_the_place_of_which_a_pipe_stands_are_written(copy: Path, add
         '{"format": Infinity}',
         '{"format": 1e999}',
         '{"format": true}',
-        '{"format": 4.0}',
-        '{"format": 4}',
-        '{"format": "4"}',
+        '{"format": 5.0}',
+        '{"format": 5}',
+        '{"format": "5"}',
         "[" * 100_000,
         '{"format":' + "[" * 100_000,
         "3",

@@ -39,6 +39,7 @@ OTHERS: dict[str, Any] = {
     "padding": 2,
     "first_member": 11,
     "keep_weights": "none",
+    "keep_deviations": "all",
 }
 """None of them is its default, and no two numbers are alike."""
 
