@@ -85,7 +85,7 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
             raise OptionError(
                 "members",
                 options.members,
-                f"{', '.join(map(str, found))}, or {len(converged)}: there is no group of {left[0]}, as deviations are "
+                f"{', '.join(str(size) for size in found if size < len(converged))} or {len(converged)}: there is no group of {left[0]}, as deviations are "
                 f"kept {kept}, and a group is of consecutive members, from a multiple of N on, all of them converged",
             )
         rows = [found[size] for size in sizes]
