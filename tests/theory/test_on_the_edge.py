@@ -47,7 +47,7 @@ def test_an_output_on_its_threshold_is_read_as_0() -> None:
 def test_the_variance_at_one_template_is_exactly_zero_for_every_size() -> None:
     """A training point is interpolated by every member; the formula alone leaves rounding for most sizes."""
     for size in (1, 2, 3, 5, 12, 40, 77, 212, 831, 1500):
-        predictor = TemplatePredictor(templates_of(Template.rule("r", ones=[0], sets=[0]), bits=1), size - 1)
+        predictor = TemplatePredictor(one_bit_each(size))
         assert predictor.variance(torch.tensor([0, 1])).tolist() == [0.0, 0.0]
         assert bool((predictor.variance(torch.arange(2, size + 1)) > 0).all())
 
