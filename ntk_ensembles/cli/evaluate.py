@@ -81,12 +81,13 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
     if sizes is not None:
         found = {row["members"]: row for row in rows}
         if left := [size for size in sizes if size not in found]:
+            known = ", ".join(map(str, sorted({*found, len(converged)})))
             kept = "of each member" if run.has_deviations else "as sums over groups of 2, 4, 8, …"
             raise OptionError(
                 "members",
                 options.members,
-                f"{', '.join(map(str, found))}, or {len(converged)}: there is no group of {left[0]}, as deviations are "
-                f"kept {kept}, and a group is of consecutive members, from a multiple of N on, all of them converged",
+                f"{known}: there is no group of {left[0]}, as deviations are kept {kept}, and a group is "
+                "of consecutive members, from a multiple of N on, all of them converged",
             )
         rows = [found[size] for size in sizes]
     results = {

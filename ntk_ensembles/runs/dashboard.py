@@ -471,8 +471,10 @@ class _Curves:
         self._logarithmic = chosen
 
     def add_histograms(self) -> None:
-        """Add the histograms of the members whose deviations were added."""
-        mean = self._limit.mean + self._total / max(self._added, 1)
+        """Add the histograms of the members whose deviations were added, if there are any."""
+        if not self._added:
+            return
+        mean = self._limit.mean + self._total / self._added
         true = self._limit.evaluation.next_states
         # The zero state is decoded apart, with a margin of its own.
         seen = (self._limit.evaluation.matches.any(1)[:, None]).expand_as(true)

@@ -184,8 +184,9 @@ def test_charts_show_the_averages_of_converged_members_and_the_losses_of_all(par
         return {event.step: event.value for event in events.Scalars(tag)}
 
     limit = limit_of(STATES, 0)
-    deviations = [partly.outputs[index].double() - limit.mean for index in partly.converged]
-    prefixes = [rows_by_hand(limit, deviations[:n])[-1] for n in range(1, len(deviations) + 1)]
+    deviations = {index: partly.outputs[index].double() - limit.mean for index in partly.converged}
+    first = [dict(itertools.islice(deviations.items(), n)) for n in range(1, len(deviations) + 1)]
+    prefixes = [rows_by_hand(limit, own)[-1] for own in first]
     expected = {row["members"]: row["rms"] for row in prefixes}
     assert scalars("RMS deviation/measured") == pytest.approx(expected, rel=1e-3)
     for decoder in DECODERS:
