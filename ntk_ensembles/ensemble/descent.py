@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ntk_ensembles.ensemble.engines import ENGINES, Engine, EngineChoice, is_one_hot, make_engine
@@ -306,17 +306,20 @@ class _Training:
             self._statuses[i].restarts += 1
             self._damping[i] /= 2
             self._redraw[i]()
-            self._history.forget(i)
+        self._history.forget(torch.tensor(self._diverged, dtype=torch.int64, device=self._residuals.device))
         self._coarse = self._is_far()
         if self._diverged:
             self._residuals = self._engine.outputs(coarse=self._coarse) - self._targets
         residuals = self._residuals
         # A member that has stopped takes part in the arithmetic of its part, but with zeros (its own numbers
-        # may not even be finite).
-        stopped = [i for i, status in enumerate(self._statuses) if not status.running]
+        # may not even be finite). Their positions go to the device once: each list of them would make a GPU wait.
+        stopped = torch.tensor(
+            [i for i, status in enumerate(self._statuses) if not status.running],
+            dtype=torch.int64,
+            device=residuals.device,
+        )
         residuals[stopped] = 0
-        for i in stopped:
-            self._history.forget(i)
+        self._history.forget(stopped)
         cotangents = self._history.propose(residuals, self._gradient)
         cotangents[stopped] = 0
         self._residuals = self._engine.step(cotangents, coarse=self._coarse) - self._targets
@@ -402,10 +405,12 @@ class _History:
             memory.append(value)
             del memory[:-_MEMORY]
 
-    def forget(self, position: int) -> None:
+    def forget(self, positions: Int64[Tensor, " stopped"]) -> None:
+        if not len(positions):
+            return
         for memory in (self._cotangents, self._changes, self._whitened):
             for value in memory:
-                value[position] = 0
+                value[positions] = 0
 
     def state(self) -> dict[str, list[Tensor]]:
         return {"cotangents": list(self._cotangents), "changes": list(self._changes)}
