@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -842,9 +843,8 @@ def digests(bench: Bench) -> None:
     ]
     for k, m, n in shapes:
         for index in (0, 7):
-            bench.attempt(
-                f"{k} x {m}, width {n}, member {index}", lambda k=k, m=m, n=n, i=index: digest(bench, k, m, n, i)
-            )  # type: ignore[misc]
+            name, work = f"{k} x {m}, width {n}, member {index}", partial(digest, bench, k, m, n, index)
+            bench.attempt(name, work)
 
 
 def digest(bench: Bench, templates: int, bits: int, width: int, index: int) -> str:
