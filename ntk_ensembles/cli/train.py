@@ -27,7 +27,7 @@ def train_command(arguments: list[str], prog: str) -> int:
         raise StoreError(f"{asked.resume}: --task is {asked.task} here and {saved.task_spec} there")
     task, options, _ = parse_task(arguments, prog, _DESCRIPTION, RunOptions, saved=saved)
     out = console()
-    with out.status(Text(f"{options.ensemble} members of width {options.width} for {task!r}: loading Lightning …")):
+    with out.status(Text(f"{options.ensemble} members of width {options.width} for {task.name}: loading Lightning …")):
         # Now and no sooner, for it takes longer than PyTorch: the package imports Lightning with this name.
         train = ntk_ensembles.train
     results = train(task, options, console=out, started_at=psutil.Process().create_time())
