@@ -355,7 +355,7 @@ def reproduce(
             "rows": rows,
             "environment": environment(torch.device("cpu"), "float32"),
         }
-        _write(directory / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        _write(directory / RESULTS, json.dumps(results, allow_nan=False) + "\n")
         on_progress(position + 1, f"k = {number} is done")
     save_figure(reproduction_figure(rows, published_passings(), options.width), directory, "members-needed")
     return directory, results
