@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ntk_ensembles.files import write_atomically
+from ntk_ensembles.runs.figures import median_passing
+from ntk_ensembles.runs.reproduce import TARGETS, published_passings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -265,6 +268,45 @@ def members_needed() -> str:
     )
 
 
+def reproduction() -> str:
+    """Members at which permutation ensembles first reach 90% and 99.9%, a number of bits and a target a row."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:,g}"
+
+    def cells(found: dict[str, Any]) -> list[str]:
+        measured = sorted(math.inf if value is None else value for value in found["measured"])
+        spread = f"{number(median_passing(found['measured']))} ({measured[0]:,} to {measured[-1]:,})"
+        theory = (found[key] and median_passing(found[key]) for key in ("at_width", "infinite_width"))
+        return [spread, " / ".join(number(value) for value in theory), number(found["infinite_width_average"])]
+
+    published = published_passings()
+    return markdown(
+        [
+            "k",
+            "target",
+            "published",
+            *(
+                f"{way}: {what}"
+                for way in ("sign, readout", "sign, both layers")
+                for what in ("measured (least to most)", "theory, this / infinite width", "on average, infinite width")
+            ),
+            "midpoint: measured (least to most)",
+        ],
+        [
+            [
+                f"{row['bits']}",
+                f"{100 * target:g}%",
+                number(published[row["bits"]][target]),
+                # Of midpoint, the last, only what was measured: theory says 1 throughout.
+                *[cell for way in row["ways"] for cell in cells(way["passings"][f"{target:g}"])][:-2],
+            ]
+            for target in TARGETS
+            for row in results("reproduction")["rows"]
+        ],
+    )
+
+
 def headline() -> str:
     """Exact match and deviation of the headline run, a number of members a row."""
     return markdown(
@@ -329,6 +371,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "finite-width": finite_width,
     "members-needed": members_needed,
+    "reproduction": reproduction,
 }
 
 

@@ -21,7 +21,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LINKING = [*PAGES, ROOT / "benchmarks" / "README.md", *NOTEBOOKS]
 THEORY = ROOT / "docs" / "theory.md"
 
-COMMANDS = ("certify", "evaluate", "merge", "plan", "report", "run", "validate")
+COMMANDS = ("certify", "evaluate", "merge", "plan", "report", "reproduce", "run", "validate")
 """Those of ``ntk-ensembles``; ``train.py`` comes beside them."""
 
 

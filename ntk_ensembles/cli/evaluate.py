@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ntk_ensembles.cli.main import command
-from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, Parser
+from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, Parser, read_integers
 from ntk_ensembles.console import Progress
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import write_atomically
@@ -121,10 +121,7 @@ def _sizes(numbers: str | None, converged: int) -> list[int] | None:
         raise ValueError("the run has no converged member yet")
     if numbers is None:
         return None
-    try:
-        sizes = sorted({int(number) for number in numbers.split(",")})
-    except ValueError:
-        raise OptionError("members", numbers, "integers separated by commas") from None
+    sizes = read_integers("members", numbers)
     if not 1 <= sizes[0] <= sizes[-1] <= converged:
         raise OptionError("members", numbers, f"integers from 1 to {converged}, as many have converged")
     return sizes

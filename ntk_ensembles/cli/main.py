@@ -42,6 +42,7 @@ COMMANDS: dict[str, str] = {
     "certify": "compute what is exact, and with how many members, before any training",
     "plan": "find the width, the members and the labels that reach a target, and their cost on this machine",
     "validate": "execute every input of a task by the NTK mean and compare it with arithmetic",
+    "reproduce": "train the paper's ensembles that permute bits, and compare the members needed with the published",
     "run": "execute programs of the one-instruction computer on the NTK limit or on trained networks",
 }
 """Subcommands by name; ``NAME_command`` in the module of that name is imported when it is used."""

@@ -174,6 +174,22 @@ def parse_task(
     return task, options(**shared_values), {"task": asked.task, **own_values, **shared_values}
 
 
+def read_integers(name: str, text: str) -> list[int]:
+    """Return the integers of a list such as 1,8,64, each once, ascending.
+
+    Args:
+        name: Name of the option.
+        text: What the user wrote.
+
+    Raises:
+        OptionError: It is no such list.
+    """
+    try:
+        return sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        raise OptionError(name, text, "integers separated by commas") from None
+
+
 def first_look(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse what decides which other options there are.
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import io
+import math
+import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from ntk_ensembles.files import write_atomically
 from ntk_ensembles.runs.bits import BitFailures, OutputHistogram, StandardisedDeviations
 from ntk_ensembles.runs.convergence import ConvergenceRow
+from ntk_ensembles.runs.reproduce import BitsRow
 from ntk_ensembles.theory import DECODERS, Decoder, ExactMatchBand
 
 # Okabe and Ito's palette without its yellow, which white paper swallows; the first two differ in lightness too.
@@ -73,15 +76,28 @@ class Chart:
         Raises:
             SaveError: They cannot be written.
         """
-        # Text as outlines, since the reader's fonts have other widths; and the same bytes for the same numbers.
-        with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": self.name}):
-            figure = self.figure(self.title)
-            svg = io.BytesIO()
-            figure.savefig(svg, format="svg", metadata={"Date": None})
-            png = directory / f"{self.name}.png"
-            write_atomically(png, lambda part: figure.savefig(part, dpi=_DPI, format="png"), follow=False)
-        write_atomically(directory / f"{self.name}.svg", lambda part: part.write_bytes(svg.getvalue()), follow=False)
-        return svg.getvalue()
+        return save_figure(self.figure(self.title), directory, self.name)
+
+
+def save_figure(figure: Figure, directory: Path, name: str) -> bytes:
+    """Write a figure as PNG and SVG, and return the SVG.
+
+    Args:
+        figure: The figure.
+        directory: Where to write the files.
+        name: Name of the files, without an ending.
+
+    Raises:
+        SaveError: They cannot be written.
+    """
+    # Text as outlines, since the reader's fonts have other widths; and the same bytes for the same numbers.
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
+        svg = io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    png = directory / f"{name}.png"
+    write_atomically(png, lambda part: figure.savefig(part, dpi=_DPI, format="png"), follow=False)
+    write_atomically(directory / f"{name}.svg", lambda part: part.write_bytes(svg.getvalue()), follow=False)
+    return svg.getvalue()
 
 
 def plain(text: str) -> str:
@@ -534,3 +550,87 @@ def _draw_needed(
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel=plain(axis), ylabel="members needed, N")
     axes.grid(alpha=0.3)
+
+
+def median_passing(passings: Sequence[int | None]) -> float | None:
+    """Return the median of members at which ensembles first reach a target; None if it is more than were tried.
+
+    Args:
+        passings: Members of each ensemble, None for more than were tried; at least one.
+    """
+    found = statistics.median(math.inf if value is None else value for value in passings)
+    return None if math.isinf(found) else float(found)
+
+
+_WAY_LABELS: dict[tuple[str, str], str] = {
+    ("readout", "sign"): "sign, readout alone trained",
+    ("both", "sign"): "sign, both layers trained",
+    ("both", "midpoint"): "midpoint, both layers trained",
+}
+
+
+def reproduction_figure(
+    rows: Sequence[BitsRow], published: Mapping[int, Mapping[float, int | None]], width: int
+) -> Figure:
+    """Return a figure of the members at which ensembles first reach each target, against the bits of a permutation.
+
+    Args:
+        rows: What was found for each number of bits, ascending, at least one.
+        published: Published members of each target for every number of bits.
+        width: Hidden units of the trained members.
+    """
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    targets = list(rows[0]["ways"][0]["passings"])
+    panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
+    for axes, target in zip(panels, targets, strict=True):
+        _draw_passings(axes, rows, published, target, width)
+        axes.set_title(f"{100 * float(target):g}% of inputs right for the first time", fontsize="medium")
+    panels[0].set(ylabel="members of the ensemble, N", ylim=(0.8, 1.25 * panels[0].get_ylim()[1]))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def _draw_passings(
+    axes: Axes,
+    rows: Sequence[BitsRow],
+    published: Mapping[int, Mapping[float, int | None]],
+    target: str,
+    width: int,
+) -> None:
+    known = [(bits, value) for bits, found in published.items() if (value := found[float(target)]) is not None]
+    places, values = zip(*known, strict=True)
+    axes.plot(places, values, "X", color="black", markersize=6, label="published (width 50,000)")
+    bits = [row["bits"] for row in rows]
+    for i, (key, words) in enumerate(_WAY_LABELS.items()):
+        colour, marker = _PALETTE[i], _MARKERS[i]
+        ways = [next(way for way in row["ways"] if (way["layers"], way["decoder"]) == key) for row in rows]
+        found = [way["passings"][target] for way in ways]
+        _draw_known(axes, bits, [median_passing(one["infinite_width"]) for one in found], "--", colour)
+        at_width = [None if one["at_width"] is None else median_passing(one["at_width"]) for one in found]
+        _draw_known(axes, bits, at_width, "-", colour)
+        measured = [(place, sorted(filter(None, one["measured"]))) for place, one in zip(bits, found, strict=True)]
+        medians = [median_passing(one["measured"]) for one in found]
+        drawn = [(place, m, v) for (place, v), m in zip(measured, medians, strict=True) if m is not None]
+        axes.errorbar(
+            [place for place, _, _ in drawn],
+            [middle for _, middle, _ in drawn],
+            [[middle - values[0] for _, middle, values in drawn], [values[-1] - middle for _, middle, values in drawn]],
+            color=colour,
+            fmt=marker,
+            markersize=5,
+            capsize=3,
+            label=words,
+        )
+    axes.plot([], [], color="grey", linewidth=1, label=f"theory, width {width:,}")
+    axes.plot([], [], "--", color="grey", linewidth=1, label="theory, infinite width")
+    axes.set(yscale="log", xlabel="bits of the permutation, k")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+
+
+def _draw_known(axes: Axes, places: Sequence[int], values: Sequence[float | None], style: str, colour: str) -> None:
+    """Draw a line through the values that are known, with gaps at others."""
+    axes.plot(places, [math.nan if value is None else value for value in values], style, color=colour, linewidth=1)

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
 from ntk_ensembles.tasks import EvaluationSet, Task
@@ -72,13 +72,13 @@ def thresholds(
 
 
 def decode(
-    outputs: Float[Tensor, "*batch states bits"], thresholds: Float64[Tensor, "states bits"]
+    outputs: Float[Tensor, "*batch states bits"], thresholds: Float[Tensor, "states bits"]
 ) -> Bool[Tensor, "*batch states bits"]:
     """Decode outputs to bits: 1 above the threshold, 0 at or below it.
 
     Args:
         outputs: Outputs of a network or of an ensemble's mean, any float dtype and device.
-        thresholds: Thresholds of the same states, from `thresholds`.
+        thresholds: Thresholds of the same states, from `thresholds`, any float dtype.
     """
     return outputs > thresholds.to(outputs.device)
 
@@ -258,6 +258,28 @@ class ExactMatchBand:
     ``levels[j]``."""
 
 
+def deviation_root(
+    predictor: TemplatePredictor, matches: Bool[Tensor, "states templates"]
+) -> Float32[Tensor, "states states"]:
+    """Return a root R of the covariance between states: R·z, for a standard normal z, is a member's deviation at a bit.
+
+    Args:
+        predictor: Theory of the ensemble.
+        matches: Templates that match each state.
+
+    Returns:
+        The root, of the covariance with a little jitter: 3e-5 of the largest σ in all.
+    """
+    covariance = predictor.covariance(matches)
+    # Repeated or dependent states make it singular; a jitter of √1e-9 of the largest σ mends that.
+    jitter = 1e-9 * covariance.diagonal().max().clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
+    jittered = covariance + jitter * torch.eye(len(matches), dtype=covariance.dtype)
+    root: Tensor = torch.linalg.cholesky(jittered).to(torch.float32)
+    # The square root leaves rounding where nothing varies.
+    root[predictor.variance(matches.sum(1)) == 0] = 0
+    return root
+
+
 def exact_match_band(
     predictor: TemplatePredictor,
     matches: Bool[Tensor, "states templates"],
@@ -306,15 +328,8 @@ def exact_match_band(
         chosen = torch.randperm(len(matches), generator=generator)[:states_max]
         matches, next_states, margin = matches[chosen], next_states[chosen], margin[chosen]
 
-    covariance = predictor.covariance(matches)
-    # Repeated or dependent states make it singular; a jitter of √1e-9 of the largest σ mends that.
-    jitter = 1e-9 * covariance.diagonal().max().clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
-    root = torch.linalg.cholesky(covariance + jitter * torch.eye(len(matches), dtype=covariance.dtype)).to(
-        torch.float32
-    )
+    root = deviation_root(predictor, matches)
     fixed = predictor.variance(matches.sum(1)) == 0
-    # The square root leaves rounding where nothing varies.
-    root[fixed] = 0
     ties = margin.abs() <= TIE
     margin = margin.masked_fill(ties, 0.0).to(torch.float32)
     # Where nothing varies, a tie is decoded at random all the same.
