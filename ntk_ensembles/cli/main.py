@@ -149,7 +149,11 @@ def load_command(name: str) -> Command:
 @command("ntk-ensembles")
 def _overview(arguments: list[str], prog: str) -> int:
     """Answer a command line that begins with no subcommand."""
-    parser = argparse.ArgumentParser(prog=prog, epilog=_EPILOG, allow_abbrev=False, exit_on_error=False)
+    # argparse takes names for shorter by an indent than they are, and puts the help of the longest on a line below.
+    narrow = functools.partial(argparse.HelpFormatter, indent_increment=1)
+    parser = argparse.ArgumentParser(
+        prog=prog, epilog=_EPILOG, allow_abbrev=False, exit_on_error=False, formatter_class=narrow
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {ntk_ensembles.__version__}")
     subcommands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():

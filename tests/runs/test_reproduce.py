@@ -130,7 +130,9 @@ def test_study_of_ten_bits() -> None:
         assert len(readout) == 200
         assert min(readout) < members < max(readout)
         assert members < np.quantile(both, 0.02)
-        assert np.quantile(found["both", "midpoint"][target]["infinite_width"], [0.5, 1]).tolist() == [1, 2]
+        midpoint = found["both", "midpoint"][target]["infinite_width"]
+        assert np.median(midpoint) == 1
+        assert max(midpoint) <= 2
     averages = {key: passings["0.999"]["infinite_width_average"] for key, passings in found.items()}
     # Of states and bits that are equally hard, which (28) takes them for, it is 156 and 901.
     assert averages["readout", "sign"] == pytest.approx(156, abs=1)
