@@ -102,7 +102,7 @@ def study(path: Path, share: float, width_max: int) -> list[dict[str, Any]]:
         found = measure(task, width, init, labels, max(16, round(MEMBERS[task] * share)))
         if found is not None:
             rows.append(found)
-            text = json.dumps(rows, indent=1) + "\n"
+            text = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
             write_atomically(path, lambda part, text=text: part.write_text(text))
             print(f"{task}, width {width}, {init}, {labels}: {found['seconds']:.0f} s", flush=True)
     return rows
@@ -153,7 +153,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 7), layout="constrained")
+    figure = Figure(figsize=(15, 7.4), layout="constrained")
     axes = figure.subplots(2, len(TASKS), squeeze=False)
     colours = {"gaussian": "#0072B2", "antisymmetric": "#D55E00"}
     for column, task in enumerate(TASKS):
@@ -184,8 +184,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             panel.set(xscale="log", yscale="log")
             panel.set_xscale("log", base=2)
             panel.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
-    axes[1, 0].legend(fontsize="small")
+    (points, names), (line, name) = (panel.get_legend_handles_labels() for panel in axes[:, 0])
+    figure.legend(points + line, names + name, loc="outside lower center", ncols=5)
     figure.suptitle("Finite width: measured (points; open: corrected labels) and predicted (lines)")
     figure.savefig(path, dpi=130)
 
