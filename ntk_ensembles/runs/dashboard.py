@@ -12,6 +12,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -270,7 +271,7 @@ class Dashboard:
         for step, values in _loss_points(self._losses):
             self.events.add_scalars(values, step)
         self.events.add_summary(summary.custom_scalars(_LAYOUT))
-        for name, text in _texts(self._experiment).items():
+        for name, text in self._texts.items():
             content = summary.text(name, text)
             # Without the ending that the function adds to the name.
             content.value[0].tag = name
@@ -283,6 +284,11 @@ class Dashboard:
         self.events.write()
         for logger in self._loggers:
             logger.save()
+
+    @cached_property
+    def _texts(self) -> dict[str, str]:
+        """Options, certificate and command; the certificate is a search, too slow to repeat at every write."""
+        return _texts(self._experiment)
 
     def _picture(self, rows: Sequence[ConvergenceRow]) -> None:
         """Put the figure's panels, of the members so far, in the place of earlier ones."""
