@@ -546,7 +546,7 @@ def predict_by_halves(stack: MLPStack, inputs: Tensor, units: int) -> Tensor:
 
 
 def members_at_once(bench: Bench) -> None:
-    """Train and evaluate so many members at once: time and memory of each, beside the memory that is predicted."""
+    """Train and evaluate several numbers of members at once: time and memory of each, beside the predicted memory."""
     sizes = bench.sizes
     for kind, task, together in (
         ("headline", sizes.task, sizes.together),

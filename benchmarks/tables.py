@@ -93,7 +93,7 @@ def rivals() -> str:
 
 
 def rivals_quality() -> str:
-    """What the members' mean is at the end, a task and a way a row."""
+    """Return what the members' mean is at the end, a row for each task and way."""
     return markdown(
         [
             "task, members × width",
@@ -123,7 +123,7 @@ def rivals_quality() -> str:
 
 
 def published() -> str:
-    """The published recipe beside this package, a task a row."""
+    """Return the published recipe beside this package, a row for each task."""
     figures = results("rivals")
 
     def recipe(row: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 
 class OptionError(ValueError):
@@ -32,6 +33,16 @@ def check_range(argument: str, value: int, low: int, high: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise OptionError(argument, value, f"an integer from {low} to {high}")
+
+
+def check_fraction(argument: str, value: float) -> None:
+    """Check that a number argument lies between 0 and 1, both excluded.
+
+    Raises:
+        OptionError: It does not, or it is no number.
+    """
+    if not (isinstance(value, Real) and 0 < value < 1):
+        raise OptionError(argument, value, "a number between 0 and 1")
 
 
 def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

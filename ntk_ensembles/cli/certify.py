@@ -9,7 +9,7 @@ from ntk_ensembles.cli.parsing import DecoderOptions, OutputOptions, PredictionO
 from ntk_ensembles.console import console, print_parts
 from ntk_ensembles.ensemble import INITS, Init
 from ntk_ensembles.ensemble.network import WIDTH_MAX
-from ntk_ensembles.errors import OptionError, check_choice, check_range
+from ntk_ensembles.errors import check_choice, check_fraction, check_range
 from ntk_ensembles.runs.certificate import describe_certificate
 from ntk_ensembles.theory import Labels, certify_task, certify_width, check_labels
 
@@ -42,8 +42,7 @@ class CertifyOptions(OutputOptions, DecoderOptions, PredictionOptions):
             OptionError: An option is outside its range.
         """
         super().__post_init__()
-        if not 0 < self.delta < 1:
-            raise OptionError("delta", self.delta, "a number between 0 and 1")
+        check_fraction("delta", self.delta)
         if self.width is not None:
             check_range("width", self.width, 1, WIDTH_MAX)
         check_choice("init", self.init, INITS)

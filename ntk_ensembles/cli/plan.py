@@ -11,7 +11,7 @@ from rich.table import Table
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import DecoderOptions, OutputOptions, PredictionOptions, parse_task
 from ntk_ensembles.console import console
-from ntk_ensembles.errors import OptionError
+from ntk_ensembles.errors import check_fraction
 from ntk_ensembles.runs.plan import plan
 
 _DESCRIPTION = (
@@ -42,8 +42,7 @@ class PlanOptions(OutputOptions, DecoderOptions, PredictionOptions):
             OptionError: An option is outside its range.
         """
         super().__post_init__()
-        if not 0 < self.exact < 1:
-            raise OptionError("exact", self.exact, "a number between 0 and 1")
+        check_fraction("exact", self.exact)
 
 
 @command("ntk-ensembles plan")

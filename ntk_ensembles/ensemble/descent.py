@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ntk_ensembles.ensemble.engines import ENGINES, Engine, EngineChoice, is_one_hot, make_engine
 from ntk_ensembles.ensemble.network import MLPStack, map_members
-from ntk_ensembles.errors import OptionError, check_choice, check_range
+from ntk_ensembles.errors import check_choice, check_fraction, check_range
 from ntk_ensembles.theory.kernels import LAYERS, InverseKernel, Layers
 
 Loss = Literal["whitened", "mse"]
@@ -74,8 +74,7 @@ class DescentOptions:
         check_choice("engine", self.engine, ENGINES)
         check_choice("layers", self.layers, LAYERS)
         check_range("steps_max", self.steps_max, 1, 100_000)
-        if not 0 < self.tolerance < 1:
-            raise OptionError("tolerance", self.tolerance, "a number between 0 and 1")
+        check_fraction("tolerance", self.tolerance)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from ntk_ensembles.ensemble import (
 )
 from ntk_ensembles.ensemble.engines import ENGINES
 from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX
-from ntk_ensembles.errors import OptionError, check_choice, check_range
+from ntk_ensembles.errors import OptionError, check_choice, check_fraction, check_range
 from ntk_ensembles.runs.record import RecordedTask
 from ntk_ensembles.runs.store import fingerprint
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
@@ -158,8 +158,7 @@ class RunOptions:
         check_range("devices", self.devices, 1, 4096)
         if self.cohort is not None:
             check_range("cohort", self.cohort, 1, 1 << 20)
-        if not (isinstance(self.tolerance, (int, float)) and 0 < self.tolerance < 1):
-            raise OptionError("tolerance", self.tolerance, "a number between 0 and 1")
+        check_fraction("tolerance", self.tolerance)
         if self.init == "antisymmetric" and self.width % 2:
             raise OptionError("width", self.width, "an even number with antisymmetric initialisation")
         if self.labels == "corrected" and self.loss != "whitened":

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from ntk_ensembles.errors import OptionError
+from ntk_ensembles.errors import check_fraction
 from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.tasks.evaluation import checked_inputs
 from ntk_ensembles.templates import Bound, MatchBounds, exclusive_bits
@@ -130,8 +130,7 @@ class Certificate:
         Raises:
             OptionError: δ is outside its range.
         """
-        if not 0 < delta < 1:
-            raise OptionError("delta", delta, "a number between 0 and 1")
+        check_fraction("delta", delta)
         if self.score == 0:
             return None
         log_tail = math.log(delta) - log_states - math.log(self.bits)
