@@ -171,9 +171,9 @@ class OneHotEngine:
         totals = hidden.new_zeros(*members, readout.shape[-2], features)
         update_type = torch.bfloat16 if self._bfloat16 else totals.dtype
         output_type = update_type if coarse else totals.dtype
-        if cotangents is not None:
-            cotangents = stored(cotangents.to(update_type))
         size = min(width, units_at_once(totals.device))
+        if cotangents is not None:
+            cotangents = stored(cotangents.to(update_type), size)
         buffers = {
             dtype: hidden.new_empty(2, *members, size, features, dtype=dtype) for dtype in {update_type, output_type}
         }
@@ -199,17 +199,22 @@ class OneHotEngine:
         add_product(readout, cotangents, active.mT, alpha=-1.0)
         if pulled is None:
             return
-        # The gradient of relu, in one pass and in place: `pulled` where the unit is active, else 0. Measured on
+        # Passes over bfloat16 are slower than a copy as float32 and passes over that.
+        change = pulled.to(hidden.dtype)
+        # The gradient of relu, in one pass and in place: the change where the unit is active, else 0. Measured on
         # 805 x 1024 numbers 0.06 ms, against 0.6 ms for a product with a comparison.
-        torch.ops.aten.threshold_backward.grad_input(pulled, active, 0, grad_input=pulled)
-        hidden.sub_(pulled)
+        torch.ops.aten.threshold_backward.grad_input(change, hidden, 0, grad_input=change)
+        hidden.sub_(change)
 
 
 def _relu(hidden: Tensor, out: Tensor) -> Tensor:
     """Return relu(W1) in memory that is given, rounded to its type."""
     if out.dtype == hidden.dtype:
         return torch.clamp_min(hidden, 0, out=out)
-    return out.copy_(hidden).clamp_min_(0)
+    out.copy_(hidden)
+    # The bits of a negative number are a negative integer, and integers are compared six times as fast.
+    out.view(torch.int16).clamp_min_(0)
+    return out
 
 
 @torch.no_grad()

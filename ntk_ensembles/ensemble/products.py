@@ -13,6 +13,10 @@ from torch.nn import functional
 _UNITS_AT_ONCE = {"cpu": 512}
 _UNITS_AT_ONCE_ELSEWHERE = 1024
 
+_FEW_MULTIPLICATIONS = 1 << 22
+"""Multiplications in a product below which oneDNN is slower than MKL, as a call of it takes at least 25 µs: on an AMD
+EPYC with AVX-512 both take 80 µs for 32 x 256 by 256 x 512."""
+
 
 def units_at_once(device: torch.device) -> int:
     """Return the number of hidden units of a slice, in which members are trained and evaluated.
@@ -74,13 +78,14 @@ def add_product(
         total.baddbmm_(left, right, alpha=alpha)
 
 
-def stored(factor: Float[Tensor, "*members rows columns"]) -> Tensor:
+def stored(factor: Float[Tensor, "*members rows columns"], others: int) -> Tensor:
     """Return a factor of many products in a form in which it need not be copied for each of them.
 
     Args:
         factor: What stands in the products as it is, not transposed.
+        others: Columns of the products if the factor is the left one, rows if it is the right one.
     """
-    return factor.to_mkldnn() if factor.dim() == 2 and _takes_onednn(factor, factor) else factor
+    return factor.to_mkldnn() if factor.dim() == 2 and _gains_by_onednn(factor, others) else factor
 
 
 @cache
@@ -110,9 +115,12 @@ def processor(field: str) -> str | None:
 
 
 def _takes_onednn(left: Tensor, right: Tensor) -> bool:
-    # Products without terms are not known to it.
-    has_terms = left.numel() > 0 and right.numel() > 0
-    return left.device.type == "cpu" and left.dtype == torch.float32 and has_terms and onednn_is_faster()
+    return left.is_mkldnn or right.is_mkldnn or _gains_by_onednn(left, right.shape[-1])
+
+
+def _gains_by_onednn(factor: Tensor, others: int) -> bool:
+    is_large = factor.numel() * others >= _FEW_MULTIPLICATIONS
+    return is_large and factor.device.type == "cpu" and factor.dtype == torch.float32 and onednn_is_faster()
 
 
 def _by_onednn(left: Float[Tensor, "rows inner"], right: Float[Tensor, "inner columns"]) -> Tensor:

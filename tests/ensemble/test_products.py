@@ -14,6 +14,12 @@ from ntk_ensembles.ensemble.products import add_product, processor, product, sto
 LIBRARIES = [False, pytest.param(True, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason=""))]
 
 
+def take(onednn: bool, monkeypatch: pytest.MonkeyPatch, few: int = 1) -> None:
+    """Multiply by one of the libraries, oneDNN from a number of multiplications on, whatever processor this is."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(products, "_FEW_MULTIPLICATIONS", few)
+
+
 def forms(matrix: Tensor) -> list[Tensor]:
     """The same numbers as rows, as a transposed view of rows, and as columns of a wider matrix."""
     wider = torch.full((len(matrix), matrix.shape[1] + 3), torch.nan, dtype=matrix.dtype)
@@ -28,12 +34,12 @@ def forms(matrix: Tensor) -> list[Tensor]:
 def test_products_are_those_of_float64(
     rows: int, inner: int, columns: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    take(onednn, monkeypatch)
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(rows, inner, generator=generator), torch.randn(inner, columns, generator=generator)
     expected = left.double() @ right.double()
     # float32 sums of at most 33 terms of size 1; bfloat16 has 8 bits, in both factors and in the result.
-    for factors in itertools.product([*forms(left), stored(left)], [*forms(right), stored(right)]):
+    for factors in itertools.product([*forms(left), stored(left, columns)], [*forms(right), stored(right, rows)]):
         torch.testing.assert_close(product(*factors).double(), expected, rtol=0, atol=1e-5)
         total = torch.ones(rows, columns)
         add_product(total, *factors, alpha=-2.0)
@@ -46,7 +52,7 @@ def test_products_are_those_of_float64(
 @pytest.mark.parametrize("onednn", LIBRARIES)
 @pytest.mark.parametrize("members", [1, 3])
 def test_members_are_multiplied_each_by_itself(members: int, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    take(onednn, monkeypatch)
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(members, 5, 9, generator=generator), torch.randn(members, 9, 7, generator=generator)
     expected = torch.einsum("eij,ejk->eik", left.double(), right.double())
@@ -60,9 +66,24 @@ def test_members_are_multiplied_each_by_itself(members: int, onednn: bool, monke
 
 @pytest.mark.parametrize("onednn", LIBRARIES)
 def test_products_without_terms_are_zero(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    take(onednn, monkeypatch)
     assert product(torch.zeros(2, 0), torch.zeros(0, 3)).tolist() == [[0.0] * 3] * 2
     assert product(torch.zeros(0, 4), torch.zeros(4, 3)).shape == (0, 3)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a PyTorch without oneDNN")
+def test_small_products_are_left_to_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    take(True, monkeypatch, few=6 * 7 * 8)
+    left, right, calls = torch.randn(6, 7), torch.randn(7, 8), []
+    by_onednn = products._by_onednn
+    monkeypatch.setattr(products, "_by_onednn", lambda *factors: calls.append(factors) or by_onednn(*factors))
+    for count, columns in ((0, 7), (1, 8)):
+        some = right[:, :columns].contiguous()
+        assert product(left, some).shape == (6, columns)
+        assert (len(calls), stored(left, columns).is_mkldnn, stored(some, 6).is_mkldnn) == (count, *[count == 1] * 2)
+    # A factor that is stored already has no other way to go.
+    add_product(torch.zeros(6, 7), stored(left, 8), torch.randn(7, 7))
+    assert len(calls) == 2
 
 
 def test_slices_are_of_the_device_and_what_no_system_tells_is_none() -> None:
