@@ -255,7 +255,7 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def train(stack: MLPStack, labels: Tensor, way: str = "float32") -> list[MemberStatus]:
     """Train members to the end, all together, one of `WAYS`; return how they fared."""
-    descent = Descent(stack, DescentOptions(), bfloat16=way == "bf16-mixed", batched=True)
+    descent = Descent(stack, DescentOptions(), bfloat16=way == "bf16-mixed", together=len(stack))
     with products_of("tf32" if way == "tf32" else "float32"):
         descent.bind(torch.eye(len(labels), device=labels.device), labels)
     while descent.running:

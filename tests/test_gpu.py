@@ -1,6 +1,6 @@
 """What only a GPU can show: both engines, precisions, resume, running out of memory, and members of one identity.
 
-Everything else of these paths runs on a CPU too, chosen by a parameter (`Descent(batched=True)`).
+Everything else of these paths runs on a CPU too, chosen by a parameter (`Descent(together=100)`).
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ntk_ensembles.ensemble.engines import ENGINES, Engine, EngineChoice, is_one_hot, make_engine
+from ntk_ensembles.ensemble.engines import ENGINES, Engine, EngineChoice, is_one_hot, make_engine, members_at_once
 from ntk_ensembles.ensemble.network import MLPStack, map_members
 from ntk_ensembles.errors import check_choice, check_fraction, check_range
 from ntk_ensembles.theory.kernels import LAYERS, InverseKernel, Layers
@@ -121,8 +121,8 @@ class Descent(torch.optim.Optimizer):
         options: What they minimise, and when they stop.
         bfloat16: Compute products in bfloat16, except those of the outputs near the end, by which a member
             is said to have converged.
-        batched: Compute all members together, which is right for a GPU, or each by itself on one thread, which
-            is right for a CPU and makes a member's numbers independent of the others; None chooses by the device.
+        together: Members to compute on as one batch. None chooses by the device and the size: all members on a
+            GPU; on a CPU, where each batch is one thread's, a single one, or several that are small.
 
     Attributes:
         statuses: How far each member has come.
@@ -134,7 +134,7 @@ class Descent(torch.optim.Optimizer):
         options: DescentOptions | None = None,
         *,
         bfloat16: bool = False,
-        batched: bool | None = None,
+        together: int | None = None,
     ) -> None:
         # A step of size 1 is right for networks of infinite width; nothing needs to be tuned.
         super().__init__(list(stack.parameters()), {"lr": 1.0})
@@ -142,7 +142,7 @@ class Descent(torch.optim.Optimizer):
         self.statuses = [MemberStatus() for _ in range(len(stack))]
         self._stack = stack
         self._options = options or DescentOptions()
-        self._batched = batched
+        self._together = together
         self._trainings: list[_Training] = []
         self._loaded: list[dict[str, Any]] | None = None
         self._digest: str | None = None
@@ -187,9 +187,9 @@ class Descent(torch.optim.Optimizer):
         self._digest = digest
         options = self._options
         inverse_kernel = inverse_kernel_of(inputs, options.layers)
-        batched = hidden.device.type != "cpu" if self._batched is None else self._batched
+        together = self._together or members_at_once(hidden, readout, inputs, options.engine, bfloat16=self.bfloat16)
         members = range(len(hidden))
-        parts = [slice(0, len(hidden))] if batched else [slice(i, i + 1) for i in members]
+        parts = [slice(start, start + together) for start in members[::together]]
         self._trainings = [
             _Training(
                 make_engine(

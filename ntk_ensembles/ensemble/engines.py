@@ -18,7 +18,7 @@ from torch.func import vjp, vmap
 from torch.nn import functional
 
 from ntk_ensembles.ensemble.network import MLPStack, forward_of, map_members
-from ntk_ensembles.ensemble.products import add_product, product, stored, units_at_once
+from ntk_ensembles.ensemble.products import add_product, members_together, product, stored, units_at_once
 from ntk_ensembles.theory.kernels import Layers
 
 EngineChoice = Literal["auto", "functional"]
@@ -89,6 +89,31 @@ def make_engine(
     return FunctionalEngine(hidden, readout, inputs, layers=layers, bfloat16=bfloat16)
 
 
+def members_at_once(
+    hidden: Float[Tensor, "members width in_features"],
+    readout: Float[Tensor, "members out_features width"],
+    inputs: Float[Tensor, "inputs in_features"],
+    choice: EngineChoice = "auto",
+    *,
+    bfloat16: bool = False,
+) -> int:
+    """Return how many of the members are best given to one engine: on a GPU all, on a CPU one, or a batch if small.
+
+    Args:
+        hidden: W1 of the members.
+        readout: W2 of the members.
+        inputs: X.
+        choice: Which engine it will be, as for `make_engine`.
+        bfloat16: Whether it computes in bfloat16.
+    """
+    members, width, features = hidden.shape
+    if hidden.device.type != "cpu":
+        return members
+    if bfloat16 or choice != "auto" or not is_one_hot(inputs):
+        return 1
+    return members_together(readout.shape[1], features, min(width, units_at_once(hidden.device)))
+
+
 def is_one_hot(inputs: Float[Tensor, "inputs in_features"]) -> bool:
     """Check whether training inputs are the identity matrix, X = I_k."""
     size, features = inputs.shape
@@ -149,7 +174,12 @@ class OneHotEngine:
         self._hidden, self._readout = hidden, readout
         self._layers = layers
         self._bfloat16 = bfloat16
-        self._scale = 1 / math.sqrt(hidden.shape[1] * hidden.shape[2])
+        width, features = hidden.shape[1:]
+        self._scale = 1 / math.sqrt(width * features)
+        self._units = min(width, units_at_once(hidden.device))
+        # A member by itself is matrices, not a batch of one, but where small members come in batches.
+        in_batches = hidden.device.type == "cpu" and members_together(readout.shape[1], features, self._units) > 1
+        self._is_alone = len(hidden) == 1 and not in_batches
 
     def outputs(self, *, coarse: bool = False) -> Float[Tensor, "members out_features inputs"]:
         """Return f(X)ᵀ of every member."""
@@ -163,23 +193,22 @@ class OneHotEngine:
 
     def _sweep(self, cotangents: Tensor | None, coarse: bool) -> Tensor:
         hidden, readout = self._hidden, self._readout
-        if len(hidden) == 1:
-            # A member by itself is matrices, not a batch of one.
+        if self._is_alone:
             hidden, readout = hidden[0], readout[0]
             cotangents = None if cotangents is None else cotangents[0]
         (*members, width, features) = hidden.shape
         totals = hidden.new_zeros(*members, readout.shape[-2], features)
         update_type = torch.bfloat16 if self._bfloat16 else totals.dtype
         output_type = update_type if coarse else totals.dtype
-        size = min(width, units_at_once(totals.device))
         if cotangents is not None:
-            cotangents = stored(cotangents.to(update_type), size)
+            cotangents = stored(cotangents.to(update_type), self._units)
         buffers = {
-            dtype: hidden.new_empty(2, *members, size, features, dtype=dtype) for dtype in {update_type, output_type}
+            dtype: hidden.new_empty(2, *members, self._units, features, dtype=dtype)
+            for dtype in {update_type, output_type}
         }
         with torch.autocast(totals.device.type, enabled=False):
-            for start in range(0, width, size):
-                units = slice(start, start + size)
+            for start in range(0, width, self._units):
+                units = slice(start, start + self._units)
                 some, some_readout = hidden[..., units, :], readout[..., units]
                 if cotangents is not None:
                     self._update(some, some_readout, cotangents, buffers[update_type][..., : some.shape[-2], :])

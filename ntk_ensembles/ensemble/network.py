@@ -309,9 +309,12 @@ def map_members(work: Callable[[T], R], over: Iterable[T], device: torch.device)
     if len(items) < 2 or cpu_workers() == 1 or getattr(_THREAD, "is_worker", False):
         with one_thread():
             return [work(item) for item in items]
-    futures = [_workers(cpu_workers()).submit(work, item) for item in items]
+    # Several items at a time where there are many, which are small: handing one over takes as long as some of them.
+    size = -(-len(items) // (16 * cpu_workers()))
+    shares = [items[start : start + size] for start in range(0, len(items), size)]
+    futures = [_workers(cpu_workers()).submit(lambda share: [work(item) for item in share], share) for share in shares]
     try:
-        return [future.result() for future in futures]
+        return [result for future in futures for result in future.result()]
     finally:
         # Whoever goes on after an error needs the memory of those that still work.
         for future in futures:

@@ -17,6 +17,10 @@ _FEW_MULTIPLICATIONS = 1 << 22
 """Multiplications in a product below which oneDNN is slower than MKL, as a call of it takes at least 25 µs: on an AMD
 EPYC with AVX-512 both take 80 µs for 32 x 256 by 256 x 512."""
 
+_MULTIPLICATIONS_TOGETHER, _MEMBERS_TOGETHER = 1 << 23, 16
+"""Multiplications in the products of small members that are one call, about a core's cache of numbers; and their
+largest number, from which on the time of the calls does not count."""
+
 
 def units_at_once(device: torch.device) -> int:
     """Return the number of hidden units of a slice, in which members are trained and evaluated.
@@ -34,9 +38,9 @@ def product(
 ) -> Float[Tensor, "*members rows columns"]:
     """Return ``left @ right`` of each member.
 
-    On a CPU members follow one another: a call for a batch is slower there in bfloat16, even of one. On a GPU they
-    are one call, with float32 or TF32 as PyTorch is set to (float32 unless the user says otherwise); whether a loop
-    would be faster for large members is not measured.
+    On a GPU they are one call, with float32 or TF32 as PyTorch is set to (float32 unless the user says otherwise);
+    whether a loop would be faster for large members is not measured. On a CPU large members follow one another, as do
+    all in bfloat16, since a call for a batch takes longer; small ones are computed in batches of `members_together`.
 
     Args:
         left: A factor, or what `stored` made of one. A transposed view of rows costs no copy, here and in ``right``.
@@ -48,6 +52,8 @@ def product(
     if right.device.type != "cpu":
         return torch.matmul(left, right, out=out)
     lefts = left.expand(len(right), *left.shape[-2:])
+    if _is_batch(left, right):
+        return _by_batches(lefts, right)
     outs = [None] * len(right) if out is None else list(out)
     products = [product(*member) for member in zip(lefts, right, outs, strict=True)]
     return products[0][None] if len(products) == 1 else torch.stack(products)
@@ -67,10 +73,11 @@ def add_product(
         right: The other factor.
         alpha: What the product is multiplied by.
     """
-    if total.dim() == 3 and total.device.type == "cpu":
+    on_cpu, batch = total.device.type == "cpu", total.dim() == 3
+    if on_cpu and batch and not _is_batch(left, right):
         for member in zip(total, left, right, strict=True):
             add_product(*member, alpha)
-    elif left.dtype != total.dtype or _takes_onednn(left, right):
+    elif left.dtype != total.dtype or (on_cpu and batch) or _takes_onednn(left, right):
         total.add_(product(left, right), alpha=alpha)
     elif total.dim() == 2:
         total.addmm_(left, right, alpha=alpha)
@@ -114,12 +121,61 @@ def processor(field: str) -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)
 
 
+def members_together(rows: int, inner: int, columns: int) -> int:
+    """Return how many members have their products of these sizes computed as one batch, on a CPU.
+
+    One where the products are large. Small ones are computed in batches, as a call takes longer than some of them.
+
+    Args:
+        rows: Rows of the left factor.
+        inner: Its columns, and the rows of the right one.
+        columns: Columns of the right factor.
+    """
+    multiplications = rows * inner * columns
+    if multiplications >= _FEW_MULTIPLICATIONS:
+        return 1
+    return min(_MULTIPLICATIONS_TOGETHER // max(multiplications, 1), _MEMBERS_TOGETHER)
+
+
+def _is_batch(left: Tensor, right: Tensor) -> bool:
+    return left.dtype != torch.bfloat16 and members_together(*left.shape[-2:], right.shape[-1]) > 1
+
+
+def _by_batches(left: Float[Tensor, "members rows inner"], right: Float[Tensor, "members inner columns"]) -> Tensor:
+    """Return ``left @ right`` of small members.
+
+    How MKL rounds depends on the number of members in a batch, on their layout and on whether their memory begins at
+    a multiple of 64 bytes. So batches always have the same number of members and all sizes are multiples of four,
+    filled up with zeros. Then a member's numbers do not depend on how many others there are.
+    """
+    size = members_together(*left.shape[-2:], right.shape[-1])
+    products = [
+        torch.bmm(*(_filled_up(factor[start : start + size], size) for factor in (left, right)))
+        for start in range(0, len(left), size)
+    ]
+    product = products[0] if len(products) == 1 else torch.cat(products)
+    return product[: len(left), : left.shape[1], : right.shape[2]]
+
+
+def _filled_up(factor: Float[Tensor, "members rows columns"], members: int) -> Float[Tensor, "_ _ _"]:
+    """Return a factor with zeros around it, rows of contiguous memory or, if it is one, a transposed view of such."""
+    if factor.stride(-1) != 1:
+        return _filled_up(factor.mT, members).mT
+    shape = (members, *(-(-size // 4) * 4 for size in factor.shape[1:]))
+    if factor.shape == shape:
+        return factor.contiguous()
+    filled = factor.new_zeros(shape)
+    filled[: len(factor), : factor.shape[1], : factor.shape[2]] = factor
+    return filled
+
+
 def _takes_onednn(left: Tensor, right: Tensor) -> bool:
-    return left.is_mkldnn or right.is_mkldnn or _gains_by_onednn(left, right.shape[-1])
+    stored_already = left.is_mkldnn or right.is_mkldnn
+    return stored_already or _gains_by_onednn(left, right.shape[-1])
 
 
 def _gains_by_onednn(factor: Tensor, others: int) -> bool:
-    is_large = factor.numel() * others >= _FEW_MULTIPLICATIONS
+    is_large = factor.shape[-2] * factor.shape[-1] * others >= _FEW_MULTIPLICATIONS
     return is_large and factor.device.type == "cpu" and factor.dtype == torch.float32 and onednn_is_faster()
 
 

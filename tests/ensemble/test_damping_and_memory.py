@@ -62,10 +62,10 @@ def test_every_restart_has_half_the_step_of_the_one_before(loss: Loss, monkeypat
         torch.testing.assert_close(cotangents, first / 2**restart, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_six_steps_are_remembered_and_no_more(batched: bool) -> None:
+@pytest.mark.parametrize("together", [1, 100])
+def test_six_steps_are_remembered_and_no_more(together: int) -> None:
     stack = MLPStack(6, 3, 3, 2, dtype=torch.float64)
-    descent = Descent(stack, DescentOptions(tolerance=1e-12, steps_max=20), batched=batched)
+    descent = Descent(stack, DescentOptions(tolerance=1e-12, steps_max=20), together=together)
     descent.bind(EYE, LABELS)
     for step in range(1, 11):
         descent.step()
@@ -89,7 +89,7 @@ def test_a_stopped_member_whose_numbers_are_none_disturbs_no_other(monkeypatch: 
 
     def trained(members: list[int]) -> tuple[MLPStack, Descent]:
         stack = Spoilt(6, 3, 200, members, dtype=torch.float64)
-        descent = Descent(stack, options, batched=True)
+        descent = Descent(stack, options, together=100)
         descent.bind(EYE, LABELS)
         while descent.running:
             descent.step()

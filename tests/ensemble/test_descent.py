@@ -61,7 +61,7 @@ def descend_linear(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def descend(engine: LinearEngine, options: DescentOptions, stack: MLPStack | None = None) -> list[Any]:
         monkeypatch.setattr(descent_module, "make_engine", lambda *arguments, **options: engine)
-        return trained(stack or stack_of(len(engine.theta), 4), options, batched=True).statuses
+        return trained(stack or stack_of(len(engine.theta), 4), options, together=100).statuses
 
     return descend
 
@@ -154,7 +154,7 @@ def test_stopped_members_are_left_as_they_were() -> None:
     """Members converge after different numbers of steps; the early ones do not move while the others go on."""
     stack = stack_of(6, 40)
     options = DescentOptions(tolerance=1e-8, steps_max=30)
-    descent = Descent(stack, options, batched=True)
+    descent = Descent(stack, options, together=100)
     descent.bind(EYE, LABELS)
     at_stop: dict[int, Tensor] = {}
     while descent.running:
@@ -167,7 +167,7 @@ def test_stopped_members_are_left_as_they_were() -> None:
         assert torch.equal(stack.hidden[i], weights)
     # Each is what it is alone. Narrow networks amplify rounding from step to step.
     for i, status in enumerate(descent.statuses):
-        alone = trained(stack_of([i], 40), options, batched=True)
+        alone = trained(stack_of([i], 40), options, together=100)
         assert alone.statuses[0].steps == status.steps
         torch.testing.assert_close(alone._stack.hidden[0], stack.hidden[i], rtol=0, atol=1e-7)
 
@@ -191,23 +191,23 @@ def test_a_member_is_the_same_to_the_bit_in_every_stack_on_any_number_of_cores(t
         torch.set_num_threads(before)
 
 
-def test_batched_members_are_the_same_up_to_rounding() -> None:
+def test_members_in_one_batch_are_the_same_up_to_rounding() -> None:
     """The branch that a GPU takes, on a CPU."""
     one, other = stack_of(4, 1100), stack_of(4, 1100)
-    first, second = trained(one, batched=False), trained(other, batched=True)
+    first, second = trained(one, together=1), trained(other, together=100)
     assert [status.steps for status in first.statuses] == [status.steps for status in second.statuses]
     torch.testing.assert_close(one.hidden, other.hidden, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("together", [1, 100])
 @pytest.mark.parametrize("loss", ["whitened", "mse"])
 @pytest.mark.parametrize("stop_after", [0, 1, 3])
-def test_a_resumed_descent_takes_the_same_steps_to_the_bit(stop_after: int, loss: Loss, batched: bool) -> None:
+def test_a_resumed_descent_takes_the_same_steps_to_the_bit(stop_after: int, loss: Loss, together: int) -> None:
     options = DescentOptions(loss, 1e-10, 40)
     whole = stack_of(3, 300)
-    expected = trained(whole, options, batched=batched)
+    expected = trained(whole, options, together=together)
     stack = stack_of(3, 300)
-    descent = Descent(stack, options, batched=batched)
+    descent = Descent(stack, options, together=together)
     descent.bind(EYE, LABELS)
     for _ in range(stop_after):
         descent.step()
@@ -215,7 +215,7 @@ def test_a_resumed_descent_takes_the_same_steps_to_the_bit(stop_after: int, loss
     descent.step()  # what is saved does not change afterwards
     rest = MLPStack(TEMPLATES, BITS, 300, 3, dtype=torch.float64, draw=False)
     rest.load_state_dict(weights)
-    resumed = Descent(rest, options, batched=batched)
+    resumed = Descent(rest, options, together=together)
     resumed.load_state_dict(state)
     resumed.bind(EYE, LABELS)
     while resumed.running:

@@ -61,11 +61,11 @@ def plain(labels: Tensor, init: Init, loss: Loss, steps: int, states: Tensor) ->
         # 1e-3 of outputs of size 0.1 to 1, amplified where a state is far from every template.
         ({"dtype": torch.float64}, 1e-7),
         ({}, 5e-6),
-        ({"batched": True}, 5e-6),
+        ({"together": 100}, 5e-6),
         ({"onednn": True}, 5e-6),
         ({"engine": "functional"}, 5e-6),
         ({"bfloat16": True}, 5e-3),
-        ({"bfloat16": True, "batched": True}, 5e-3),
+        ({"bfloat16": True, "together": 100}, 5e-3),
         ({"bfloat16": True, "engine": "functional"}, 5e-3),
     ],
 )
@@ -81,7 +81,7 @@ def test_trained_members_predict_as_the_written_out_rule_says(
         monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     stack = MLPStack(*labels.shape, WIDTH, [0, 1], init=init, dtype=way.get("dtype", torch.float32))
     options = DescentOptions(loss, 1e-6, 400, way.get("engine", "auto"))
-    descent = Descent(stack, options, bfloat16=way.get("bfloat16", False), batched=way.get("batched"))
+    descent = Descent(stack, options, bfloat16=way.get("bfloat16", False), together=way.get("together"))
     descent.bind(torch.eye(len(labels)), labels)
     while descent.running:
         descent.step()
