@@ -138,7 +138,7 @@ def members_together(rows: int, inner: int, columns: int) -> int:
 
 
 def _is_batch(left: Tensor, right: Tensor) -> bool:
-    return left.dtype != torch.bfloat16 and members_together(*left.shape[-2:], right.shape[-1]) > 1
+    return left.dtype != torch.bfloat16 and members_together(left.shape[-2], left.shape[-1], right.shape[-1]) > 1
 
 
 def _by_batches(left: Float[Tensor, "members rows inner"], right: Float[Tensor, "members inner columns"]) -> Tensor:
@@ -148,7 +148,7 @@ def _by_batches(left: Float[Tensor, "members rows inner"], right: Float[Tensor, 
     a multiple of 64 bytes. So batches always have the same number of members and all sizes are multiples of four,
     filled up with zeros. Then a member's numbers do not depend on how many others there are.
     """
-    size = members_together(*left.shape[-2:], right.shape[-1])
+    size = members_together(left.shape[-2], left.shape[-1], right.shape[-1])
     products = [
         torch.bmm(*(_filled_up(factor[start : start + size], size) for factor in (left, right)))
         for start in range(0, len(left), size)
