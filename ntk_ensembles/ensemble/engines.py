@@ -27,8 +27,9 @@ EngineChoice = Literal["auto", "functional"]
 
 ENGINES: tuple[EngineChoice, ...] = get_args(EngineChoice)
 
-_UNITS_TRANSPOSED = 128
-"""Hidden units whose input weights are transposed together, to be added up by columns."""
+_UNITS_TRANSPOSED, _NUMBERS_TRANSPOSED = 128, 1 << 16
+"""Hidden units whose input weights are transposed together, to be added up by columns: at least as many, and as many
+as have that many weights, since the calls for small slices take longer than the arithmetic."""
 
 _FEW_INPUTS = 64
 """Inputs for which calls cost more than arithmetic, so that slices are larger."""
@@ -322,7 +323,9 @@ class _SparseInputs:
         by_column = hidden.mT
         stored_by_column = by_column.is_contiguous()
         # The same slices whatever the layout, so that the numbers are the same to the bit.
-        units = units_at_once(hidden.device) if self._count <= _FEW_INPUTS else _UNITS_TRANSPOSED
+        units = units_at_once(hidden.device)
+        if self._count > _FEW_INPUTS:
+            units = min(units, max(_UNITS_TRANSPOSED, _NUMBERS_TRANSPOSED // features))
         for start in range(0, width, units):
             columns = by_column[:, start : start + units]
             sums = functional.embedding_bag(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ntk_ensembles.ensemble import Descent, DescentOptions, Loss, MLPStack, predict
 from ntk_ensembles.ensemble import descent as descent_module
+from ntk_ensembles.ensemble.descent import MemberStatus
+from ntk_ensembles.ensemble.engines import members_at_once
 from ntk_ensembles.theory import ntk
 
 TEMPLATES, BITS = 12, 4
@@ -189,6 +191,44 @@ def test_a_member_is_the_same_to_the_bit_in_every_stack_on_any_number_of_cores(t
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("templates", "bits", "width", "batch"), [(24, 18, 600, 16), (57, 31, 513, 9), (30, 1, 700, 16), (5, 8, 511, 16)]
+)
+def test_small_members_come_in_batches_and_are_the_same_to_the_bit_in_each(
+    templates: int, bits: int, width: int, batch: int, dtype: torch.dtype
+) -> None:
+    inputs = torch.eye(templates, dtype=dtype)
+    labels = (torch.rand(templates, bits, generator=torch.Generator().manual_seed(1)) < 0.3).to(dtype)
+    whole = MLPStack(templates, bits, width, 18, dtype=dtype)
+    assert members_at_once(whole.hidden, whole.readout, inputs) == batch
+    reference = run(whole, inputs, labels)
+    for indices, together in (([0], None), ([17], None), ([3, 16, 9], None), (range(12), 5)):
+        some = MLPStack(templates, bits, width, list(indices), dtype=dtype)
+        statuses = run(some, inputs, labels, together)
+        for position, i in enumerate(indices):
+            assert torch.equal(some.hidden[position], whole.hidden[i])
+            assert torch.equal(some.readout[position], whole.readout[i])
+            assert statuses[position] == reference[i]
+
+
+def run(stack: MLPStack, inputs: Tensor, labels: Tensor, together: int | None = None) -> list[MemberStatus]:
+    """Train members for at most six steps."""
+    descent = Descent(stack, DescentOptions(steps_max=6), together=together)
+    descent.bind(inputs, labels)
+    while descent.running:
+        descent.step()
+    return descent.statuses
+
+
+def test_large_members_are_trained_each_by_itself() -> None:
+    stack = MLPStack(200, 100, 512, 2, draw=False)
+    assert members_at_once(stack.hidden, stack.readout, torch.eye(200)) == 1
+    small = MLPStack(24, 18, 512, 2)
+    assert members_at_once(small.hidden, small.readout, torch.eye(24), bfloat16=True) == 1
+    assert members_at_once(small.hidden, small.readout, torch.eye(24), "functional") == 1
 
 
 def test_members_in_one_batch_are_the_same_up_to_rounding() -> None:

@@ -6,10 +6,12 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ntk_ensembles.ensemble import products
-from ntk_ensembles.ensemble.products import add_product, processor, product, stored, units_at_once
+from ntk_ensembles.ensemble.products import add_product, members_together, processor, product, stored, units_at_once
 
 LIBRARIES = [False, pytest.param(True, marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason=""))]
 
@@ -50,9 +52,12 @@ def test_products_are_those_of_float64(
 
 
 @pytest.mark.parametrize("onednn", LIBRARIES)
-@pytest.mark.parametrize("members", [1, 3])
-def test_members_are_multiplied_each_by_itself(members: int, onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    take(onednn, monkeypatch)
+@pytest.mark.parametrize("members", [1, 3, 20])
+@pytest.mark.parametrize("few", [1, 1 << 22])
+def test_members_are_multiplied_each_by_itself(
+    members: int, few: int, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(onednn, monkeypatch, few)
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(members, 5, 9, generator=generator), torch.randn(members, 9, 7, generator=generator)
     expected = torch.einsum("eij,ejk->eik", left.double(), right.double())
@@ -84,6 +89,25 @@ def test_small_products_are_left_to_mkl(monkeypatch: pytest.MonkeyPatch) -> None
     # A factor that is stored already has no other way to go.
     add_product(torch.zeros(6, 7), stored(left, 8), torch.randn(7, 7))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(st.integers(1, 40), st.integers(1, 70), st.sampled_from([1, 2, 5, 31, 100, 255, 511, 512]), st.integers(2, 20))
+@settings(max_examples=60, deadline=None)
+def test_products_of_small_members_do_not_depend_on_the_others(
+    dtype: torch.dtype, rows: int, inner: int, columns: int, members: int
+) -> None:
+    """To the bit: a library rounds by the number of matrices, their layout and the address that they begin at."""
+    assert members_together(rows, inner, columns) > 1
+    generator = torch.Generator().manual_seed(0)
+    # Slices of wider matrices, as hidden units are.
+    left = torch.randn(members, rows, inner + 3, generator=generator, dtype=dtype)[:, :, :inner]
+    right = torch.randn(members, inner + 1, columns, generator=generator, dtype=dtype)[:, :inner]
+    for one, other in ((left, right), (right.mT, left.mT)):
+        together = product(one, other)
+        torch.testing.assert_close(together.double(), one.double() @ other.double(), rtol=0, atol=1e-4)
+        for part in (slice(0, 1), slice(members - 1, members), slice(1, members)):
+            assert torch.equal(product(one[part], other[part]), together[part])
 
 
 def test_slices_are_of_the_device_and_what_no_system_tells_is_none() -> None:
