@@ -72,10 +72,9 @@ def load_task_class(spec: str) -> type[Task[Any, Any]]:
     if not path.is_file():
         raise OptionError("task", spec, f"an existing file, there is no file {file}")
     found = getattr(_execute(path, spec), name, None)
-    is_task = inspect.isclass(found) and issubclass(found, Task)
-    if not is_task or inspect.isabstract(found) or not hasattr(found, "name"):
-        raise OptionError("task", spec, f"a class {name} in {file} that is a complete subclass of ntk_ensembles.Task")
-    return found
+    if inspect.isclass(found) and issubclass(found, Task) and not inspect.isabstract(found) and hasattr(found, "name"):
+        return found
+    raise OptionError("task", spec, f"a class {name} in {file} that is a complete subclass of ntk_ensembles.Task")
 
 
 def task_spec(task: Task[Any, Any]) -> str:

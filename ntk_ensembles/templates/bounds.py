@@ -155,7 +155,7 @@ class MatchBounds:
         return bound
 
     def _conditions(self, bit: int | None, set_count: int | None) -> tuple[_Rows, list[int]]:
-        """Return the rows of docs/theory.md, equation (33) and for ``set_count``, and the templates that set ``bit``."""
+        """Return the rows of docs/theory.md, equation (33), one for C_j, and the templates that set ``bit``."""
         rows = _Rows(self._size + self._bits)
         for template, (ones, zeros) in enumerate(self._literals):
             for position in ones:

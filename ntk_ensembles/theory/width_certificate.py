@@ -9,9 +9,9 @@ rests on an asymptotic expansion: it is an estimate, not a proof.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,23 +58,6 @@ def spread_at_width(
     return largest.where(largest > -math.inf, largest.max())
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """Scores of all s (rows) at one bit and one C_j, and the range of s that is possible there."""
-
-    bit: int
-    set_count: int
-    scores: Float64[Tensor, " s"]
-    low: int
-    high: int
-    exact: bool = False
-
-    @property
-    def worst(self) -> float:
-        """Smallest score in the range; ∞ if the range is empty."""
-        return float(self.scores[self.low : self.high + 1].min()) if self.low <= self.high else math.inf
-
-
 def score_at_width(
     finite: FiniteWidth, bounds: MatchBounds, decoder: Decoder, spread: Float64[Tensor, "kinds bits"]
 ) -> float:
@@ -95,20 +78,27 @@ def score_at_width(
     most, fewest = bounds.most.bound, bounds.min_matches()
     if fewest is None:
         return math.inf
-    cells = []
-    for bit, fan_in in enumerate(finite.predictor.fan_in.tolist()):
-        scores = _scores(finite, decoder, most, bit, spread)
-        for set_count in range(min(fan_in, most) + 1):
-            high = min(most, bounds.max_matches_estimate(bit, set_count))
-            cells.append(_Cells(bit, set_count, scores[:, set_count], fewest.bound, high))
+    low, fan_ins = fewest.bound, finite.predictor.fan_in.tolist()
+    scores = [_scores(finite, decoder, most, bit, spread) for bit in range(len(fan_ins))]
+
+    def lowest(bit: int, set_count: int, high: int) -> float:
+        possible = scores[bit][low : high + 1, set_count]
+        return float(possible.min()) if len(possible) else math.inf
+
+    # The lowest score of each (bit, C_j), and whether the largest s there is exact.
+    heap = [
+        (lowest(bit, c, min(most, bounds.max_matches_estimate(bit, c))), bit, c, False)
+        for bit, fan_in in enumerate(fan_ins)
+        for c in range(min(fan_in, most) + 1)
+    ]
+    heapq.heapify(heap)
     while True:
-        # The worst one's range is made exact, until that does not change it.
-        position = min(range(len(cells)), key=lambda at: cells[at].worst)
-        worst = cells[position]
-        if worst.exact or worst.worst in (0.0, math.inf):
-            return worst.worst
-        bound = bounds.max_matches(worst.bit, worst.set_count)
-        cells[position] = replace(worst, high=-1 if bound is None else bound.bound, exact=True)
+        score, bit, set_count, exact = heap[0]
+        if exact or score in (0.0, math.inf):
+            return score
+        bound = bounds.max_matches(bit, set_count)
+        high = -1 if bound is None else bound.bound
+        heapq.heapreplace(heap, (lowest(bit, set_count, high), bit, set_count, True))
 
 
 def _scores(
