@@ -185,7 +185,8 @@ class MatchBounds:
         """Minimise ``weight`` times the number of matching templates."""
         counted = np.concatenate([np.ones(self._size), np.zeros(self._bits)])
         # At times HiGHS ends with a "solve error" (status 4) where presolve meets an infeasible question; without
-        # presolve it answers the same question.
+        # presolve it answers the same question. HiGHS 1.12 then writes a line to the standard output that no option
+        # silences (https://github.com/ERGO-Code/HiGHS/issues/2783).
         for presolve in (True, False):
             found = scipy.optimize.milp(
                 weight * counted,

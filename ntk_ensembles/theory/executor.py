@@ -228,7 +228,7 @@ def _roll_chunk(
     stepper: Stepper[Any], states: Bool[Tensor, "states bits"], micro_steps: int, trace: bool, stop: Stop | None
 ) -> Rollout:
     margins, agreed = np.full(len(states), np.inf), np.ones(len(states), np.bool_)
-    finals = states.clone().numpy()
+    finals = np.empty(states.shape, np.bool_)
     steps: list[Step[Any]] = []
     # States that are still in the batch: all, until those at rest are taken out.
     rows: NDArray[np.intp] | slice = slice(None)
