@@ -183,13 +183,12 @@ class FiniteWidth:
             matches alone, a training point, every member outputs what it was trained on: there the bias is 0 for plain
             labels and −b for corrected ones. It is 0 where no template matches.
         """
-        matched = matches.sum(1)
-        matched_weight, unmatched_weight = self.predictor.weights(matched)
-        moved = self.moved
-        contrast = (matched_weight - unmatched_weight)[:, None]
-        bias = contrast * (self._padded(matches) @ moved) + unmatched_weight[:, None] * moved.sum(0)
-        alone = self._padded(matches) @ self.trained
-        return bias.where(matched[:, None] > 1, alone.where(matched[:, None] == 1, 0.0))
+        num_matches = matches.sum(1)
+        w_m, w_u = (weight[:, None] for weight in self.predictor.weights(num_matches))
+        padded = self._padded(matches)
+        bias = (w_m - w_u) * (padded @ self.moved) + w_u * self.moved.sum(0)
+        alone = padded @ self.trained
+        return bias.where(num_matches[:, None] > 1, alone.where(num_matches[:, None] == 1, 0.0))
 
     def variance(
         self, matches: Bool[Tensor, "states templates"], *, generator: torch.Generator, units: int = 1024
@@ -249,17 +248,17 @@ class FiniteWidth:
         lengths = self._lengths(seen)
         scale = math.sqrt(size / self.width) / (2 * math.pi * self._gap)
         share = scale * (lengths + seen.square() / lengths)
-        matched = matches.sum(1)
-        w_m, w_u = (weight[:, None] for weight in self.predictor.weights(matched))
-        excess = kappa1(matched.clamp_min(1).to(torch.float64).rsqrt())[:, None] - ORTHOGONAL
-        total = matched[:, None] * (w_m - w_u) + size * w_u
+        num_matches = matches.sum(1)
+        w_m, w_u = (weight[:, None] for weight in self.predictor.weights(num_matches))
+        excess = kappa1(num_matches.clamp_min(1).to(torch.float64).rsqrt())[:, None] - ORTHOGONAL
+        total = num_matches[:, None] * (w_m - w_u) + size * w_u
         own = NNGP_DIAGONAL - ORTHOGONAL
-        summed = own * total + ORTHOGONAL * size * (total - 1) - matched[:, None] * excess
+        summed = own * total + ORTHOGONAL * size * (total - 1) - num_matches[:, None] * excess
         everywhere = ORTHOGONAL * (total - 1) - ORTHOGONAL / (self._gap + ORTHOGONAL * size) * summed
         inside = self._padded(matches) @ share
         outside = share.sum(0) - inside
         change = inside * w_m * (own * w_m + everywhere - excess) + outside * w_u * (own * w_u + everywhere)
-        return (2 / size * change).where(matched[:, None] > 1, 0.0)
+        return (2 / size * change).where(num_matches[:, None] > 1, 0.0)
 
 
 class _Units:
@@ -336,8 +335,8 @@ class _ReadoutUnits:
         """Return what equation (49) averages over units, for each: (states, units, bits); arguments as of `_Units`."""
         hidden = self._by_template[at]
         _, misfit = _misfit(hidden, hidden.relu(), self._sum, w_m, w_u)
-        matched, others = at.shape[1], len(self._by_template) - at.shape[1]
-        covered = matched * w_m * float(kappa1(torch.tensor(matched**-0.5, dtype=torch.float64)))
+        num_matches, others = at.shape[1], len(self._by_template) - at.shape[1]
+        covered = num_matches * w_m * float(kappa1(torch.tensor(num_matches**-0.5, dtype=torch.float64)))
         expected = NNGP_DIAGONAL - covered - others * w_u * ORTHOGONAL
         return (misfit.square() - expected)[..., None] * self._centred + expected * self._expected
 
