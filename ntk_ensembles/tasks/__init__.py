@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ntk_ensembles.errors import OptionError, check_range
+from ntk_ensembles.errors import OptionError
 from ntk_ensembles.tasks.addition import Addition
 from ntk_ensembles.tasks.base import Task, TaskError, describe_error
 from ntk_ensembles.tasks.evaluation import EvaluationSet
@@ -38,7 +38,6 @@ __all__ = [
     "TaskError",
     "Template",
     "TemplateSet",
-    "check_range",
     "load_task_class",
     "parse_image",
     "task_spec",
@@ -73,13 +72,9 @@ def load_task_class(spec: str) -> type[Task[Any, Any]]:
     if not path.is_file():
         raise OptionError("task", spec, f"an existing file, there is no file {file}")
     found = getattr(_execute(path, spec), name, None)
-    if (
-        not (inspect.isclass(found) and issubclass(found, Task))
-        or inspect.isabstract(found)
-        or not hasattr(found, "name")
-    ):
-        raise OptionError("task", spec, f"a class {name} in {file} that is a complete subclass of ntk_ensembles.Task")
-    return found
+    if inspect.isclass(found) and issubclass(found, Task) and not inspect.isabstract(found) and hasattr(found, "name"):
+        return found
+    raise OptionError("task", spec, f"a class {name} in {file} that is a complete subclass of ntk_ensembles.Task")
 
 
 def task_spec(task: Task[Any, Any]) -> str:

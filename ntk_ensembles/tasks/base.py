@@ -1,4 +1,4 @@
-"""What a task declares; everything else in the package is derived from this."""
+"""What a task declares: everything that the package needs to know about an algorithm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Number: TypeAlias = int | NDArray[np.int64]
 """An integer, or an array with one for each input (`Task.takes_arrays`)."""
 
 ENUMERABLE_INPUTS = 1 << 16
-"""Largest number of inputs of which `structured_first` yields all."""
+"""Largest number of inputs that `structured_first` yields all of."""
 
 LISTED_INPUTS = 1 << 24
 """Largest number of inputs that the package's tasks list in `Task.all_inputs`: all pairs of 12 bits."""
@@ -91,8 +91,7 @@ class Task(ABC, Generic[InputT, OutputT]):
     def num_micro_steps(self, task_input: InputT) -> int:
         """Return the number of micro-steps after which the output can be read.
 
-        An upper bound is enough if the state does not change any more: a trajectory that reaches a fixed point
-        earlier stays there.
+        An upper bound is enough where the final state is a fixed point: a trajectory that reaches it earlier stays.
         """
 
     @classmethod
@@ -151,9 +150,7 @@ _NOTHING = object()
 
 @contextmanager
 def user_code(task: str, what: str, task_input: object = _NOTHING) -> Iterator[None]:
-    """Turn any exception of a task's own code into a `TaskError` of one line.
-
-    A `TaskError` and the options' own `OptionError` pass through.
+    """Turn any exception of a task's own code into a `TaskError` of one line, except `TaskError` and `OptionError`.
 
     Args:
         task: Name of the task, for the message.
@@ -175,11 +172,10 @@ def user_code(task: str, what: str, task_input: object = _NOTHING) -> Iterator[N
 def describe_error(error: BaseException) -> str:
     """Return an exception's type, text, file and line as one line."""
     # The last line of a file that is neither this package's nor an installed library's: the user's.
-    package = str(Path(__file__).parents[1])
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
-    own = [at for at, file in enumerate(files) if not file.startswith(("<", package, sys.prefix, sys.base_prefix))]
-    where = f" ({files[own[-1]]}, line {lines[own[-1]]})" if own else ""
+    others = ("<", str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(others)]
+    where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
@@ -191,15 +187,14 @@ def structured_first(
     draw: Callable[[], T],
     generator: random.Random,
 ) -> Iterator[T]:
-    """Yield the structured inputs, once each, then the rest.
+    """Yield the structured inputs, once each, then every other input in a shuffled order, or random ones for ever.
 
     Args:
         structured: Inputs to begin with.
-        size: Number of inputs that exist. Up to `ENUMERABLE_INPUTS` the rest is every other input in a shuffled
-            order; beyond it is random draws for ever.
+        size: Number of inputs that exist; beyond `ENUMERABLE_INPUTS` they are drawn, not listed.
         every: Function that lists all inputs.
         draw: Function that draws one input.
-        generator: Source of the shuffled order.
+        generator: Source of the order.
     """
     first = dict.fromkeys(structured)
     yield from first
@@ -218,7 +213,7 @@ class AllNumbers(Sequence[Any]):
     Args:
         bits: Number of bits of each.
         operands: Number of numbers in a tuple; with 1 the inputs are the numbers themselves.
-        positions: Positions in the whole sequence that this part of it has; by default all.
+        positions: Positions in the whole sequence that this part holds; by default all.
     """
 
     def __init__(self, bits: int, operands: int = 1, positions: range | None = None) -> None:
@@ -253,7 +248,6 @@ def alternating_bits(bits: int) -> tuple[int, int]:
 def random_operand(generator: random.Random, bits: int) -> int:
     """Draw a number below 2^bits: uniform, or of uniformly random bit length, with equal chances.
 
-    Uniform draws alone nearly always have the full length, so that carries would nearly always start everywhere and
-    run nowhere.
+    Uniform draws alone nearly always have about the full length: carries would start at many bits and rarely run far.
     """
     return generator.getrandbits(bits if generator.random() < 0.5 else generator.randint(0, bits))

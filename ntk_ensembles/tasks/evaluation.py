@@ -157,10 +157,10 @@ def is_right(task: Task[InputT, Any], task_input: InputT, final: Bool[Tensor, " 
 
 
 def describe_fault(task: Task[InputT, Any], task_input: InputT) -> str:
-    """Return what the template machine makes of an input, the reference, and which templates are most likely at fault.
+    """Return a wrong output, the right one, and which templates are most likely at fault, as a part of a sentence.
 
-    A reference knows the output alone, so the bit named is the one whose flip in the final state brings the output
-    nearest to the reference; none is named if no flip does.
+    A reference knows the output alone. So the bit that is named is the one whose flip in the final state brings the
+    output nearest to the right one; none is named if no flip brings it nearer.
     """
     templates, expected = task.templates, task.reference(task_input)
     limit = num_micro_steps(task, task_input)
@@ -183,7 +183,7 @@ def describe_fault(task: Task[InputT, Any], task_input: InputT) -> str:
     others = (states[:, bit] != value).nonzero()
     # The micro-step that gave the bit its value, and the state before it.
     moment = int(others[-1]) if len(others) else 0
-    setters = [template for template in templates.templates if bit in template.sets]
+    setters = [templates.templates[index] for index in templates.setters[bit]]
     guilty = Counter(t.group for t in setters if not value or t.matches(states[moment]))
     groups = ", ".join(f"'{group}'" for group in guilty)
     cause = f"set by group {groups}" if value else f"set by none of group {groups}" if guilty else "no template sets it"
@@ -192,7 +192,7 @@ def describe_fault(task: Task[InputT, Any], task_input: InputT) -> str:
 
 
 def _next_batch(task: Task[InputT, Any], inputs: Iterator[InputT], wanted: int) -> list[InputT]:
-    """Return the inputs to run next: no more of them than it may take to find ``wanted`` states."""
+    """Return the inputs to run next: no more than it may take to find ``wanted`` states."""
     batch: list[InputT] = []
     for task_input in itertools.islice(inputs, _INPUTS_AT_ONCE):
         batch.append(task_input)

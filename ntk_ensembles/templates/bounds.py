@@ -52,8 +52,8 @@ class MatchBounds:
 
     Args:
         templates: Templates of the task.
-        exclusive: Matrix of pairs of bits i, j that are never both 1 (with i = j: of bits that are never 1) in the
-            states considered; by default all states are.
+        exclusive: Which pairs of bits i, j are never both 1 (i = j: which bits are never 1) in the states considered,
+            as from `exclusive_bits`; by default all states are considered.
         seconds_max: Time limit for one search, in seconds.
     """
 
@@ -68,10 +68,6 @@ class MatchBounds:
         self._seconds_max = seconds_max
         self._size, self._bits = len(templates), templates.layout.bits
         self._literals = [(sorted(template.ones), sorted(template.zeros)) for template in templates.templates]
-        self._setters: list[list[int]] = [[] for _ in range(self._bits)]
-        for index, template in enumerate(templates.templates):
-            for bit in template.sets:
-                self._setters[bit].append(index)
         self._others: dict[int, int] = {}
         self._found: dict[tuple[str, int | None, int | None], Bound | None] = {}
 
@@ -88,9 +84,16 @@ class MatchBounds:
         Of the templates that do not set the bit, at most one of each clique matches.
         """
         if bit not in self._others:
-            others = sorted(set(range(self._size)) - set(self._setters[bit]))
+            others = sorted(set(range(self._size)) - set(self._templates.setters[bit]))
             self._others[bit] = len(self._cover(others))
         return set_count + self._others[bit]
+
+    @property
+    def most(self) -> Bound:
+        """Largest number of templates that match one state; the zero state, at least, is among those considered."""
+        found = self.max_matches()
+        assert found is not None
+        return found
 
     def max_matches(self, bit: int | None = None, set_count: int | None = None) -> Bound | None:
         """Return the largest number of templates that one state matches.
@@ -152,7 +155,7 @@ class MatchBounds:
         return bound
 
     def _conditions(self, bit: int | None, set_count: int | None) -> tuple[_Rows, list[int]]:
-        """Return what holds for a state's bits and for templates that count as matching; and those that set ``bit``."""
+        """Return the rows of docs/theory.md, equation (33), one for C_j, and the templates that set ``bit``."""
         rows = _Rows(self._size + self._bits)
         for template, (ones, zeros) in enumerate(self._literals):
             for position in ones:
@@ -167,8 +170,9 @@ class MatchBounds:
                 rows.add({self._size + i: 1, self._size + j: 1}, -np.inf, int(i != j))
         if bit is None or set_count is None:
             return rows, []
-        rows.add(dict.fromkeys(self._setters[bit], 1), set_count, set_count)
-        return rows, self._setters[bit]
+        setters = self._templates.setters[bit]
+        rows.add(dict.fromkeys(setters, 1), set_count, set_count)
+        return rows, setters
 
     def _count_all(self, rows: _Rows, templates: Iterable[int]) -> None:
         """Let these templates count wherever their conditions hold."""
@@ -181,7 +185,8 @@ class MatchBounds:
         """Minimise ``weight`` times the number of matching templates."""
         counted = np.concatenate([np.ones(self._size), np.zeros(self._bits)])
         # At times HiGHS ends with a "solve error" (status 4) where presolve meets an infeasible question; without
-        # presolve it answers the same question.
+        # presolve it answers the same question. HiGHS 1.12 then writes a line to the standard output that no option
+        # silences (https://github.com/ERGO-Code/HiGHS/issues/2783).
         for presolve in (True, False):
             found = scipy.optimize.milp(
                 weight * counted,
@@ -238,7 +243,7 @@ def conflict_masks(
 
 
 def clique_cover(masks: Sequence[int], order: Iterable[int] | None = None) -> list[list[int]]:
-    """Cover templates by cliques, of which at most one template matches any state: each joins the first that it can.
+    """Cover templates by cliques, of which at most one template matches any state; each joins the first that it can.
 
     Args:
         masks: Conflicts, from `conflict_masks`.
@@ -263,7 +268,7 @@ def clique_cover(masks: Sequence[int], order: Iterable[int] | None = None) -> li
 
 
 def _smaller_cover(masks: Sequence[int]) -> list[list[int]]:
-    """Return the smaller of two covers: as declared, where a task's blocks tend to be cliques; by falling degree."""
+    """Return the smaller of two covers: in declared order, where blocks tend to be cliques, or by falling degree."""
     by_degree = sorted(range(len(masks)), key=lambda position: -masks[position].bit_count())
     return min(clique_cover(masks), clique_cover(masks, by_degree), key=len)
 
@@ -271,9 +276,9 @@ def _smaller_cover(masks: Sequence[int]) -> list[list[int]]:
 def exclusive_bits(templates: TemplateSet, start: Bool[Tensor, " bits"]) -> Bool[Tensor, "bits bits"]:
     """Return which pairs of bits are provably never both 1 on any trajectory from certain states.
 
-    The proof is by induction. A pair is kept if it is not both 1 at the start and if, as long as all kept pairs have
-    held, no two templates that match together set one bit of the pair each. Pairs that fail are dropped until none
-    does.
+    The proof is by induction (docs/theory.md, equation (35)). A pair is kept if its bits are not both 1 at the start
+    and if, as long as all kept pairs have held, no two templates that match together set one bit of the pair each.
+    Pairs that fail are dropped until none does.
 
     Args:
         templates: Templates of the task.
@@ -282,17 +287,15 @@ def exclusive_bits(templates: TemplateSet, start: Bool[Tensor, " bits"]) -> Bool
     Returns:
         A symmetric matrix; on the diagonal the bits that are never 1.
     """
-    labels = templates.labels.to(torch.float32).numpy()
-    begins = start.numpy()
-    exclusive = ~(begins[:, None] & begins[None, :])
-    octets = -(-len(templates) // 8)
+    labels = templates.labels.to(torch.float32)
+    ones, zeros = ((templates.conditions == value).to(torch.float32) for value in (1, -1))
+    conflicts = ones @ zeros.T + zeros @ ones.T
+    exclusive = ~(start[:, None] & start)
     while True:
-        masks = conflict_masks(templates, range(len(templates)), exclusive)
-        packed = np.frombuffer(b"".join(mask.to_bytes(octets, "little") for mask in masks), np.uint8)
-        digits = np.unpackbits(packed.reshape(len(masks), octets), axis=1, count=len(masks), bitorder="little")
-        kept = exclusive & ~(labels.T @ (1 - digits.astype(np.float32)) @ labels > 0)
-        if np.array_equal(kept, exclusive):
-            return torch.from_numpy(exclusive)
+        together = conflicts + ones @ exclusive.to(torch.float32) @ ones.T == 0
+        kept = exclusive & (labels.T @ together.to(torch.float32) @ labels == 0)
+        if kept.equal(exclusive):
+            return exclusive
         exclusive = kept
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ntk_ensembles.templates.bounds import clique_cover, conflict_masks
-from ntk_ensembles.templates.templates import Template, TemplateSet
+from ntk_ensembles.templates.templates import TemplateSet
 
 
 class SparseMatcher:
@@ -40,14 +40,11 @@ class SparseMatcher:
     """
 
     def __init__(self, templates: TemplateSet) -> None:
-        entries, bits = templates.templates, templates.layout.bits
-        self._bits = bits
-        # Literals 0 … m − 1 are the bits, m … 2m − 1 their complements; literal 2m is always true.
-        self._conditions = _padded(
-            [[*template.ones, *(bits + bit for bit in template.zeros)] for template in entries], 2 * bits
-        ).T
+        bits = templates.layout.bits
+        # Literal 2m is always true.
+        self._conditions = _padded(_literals(templates), 2 * bits).T
         # What a template sets beyond its last bit is bit m, which is dropped.
-        self._sets = _padded([list(template.sets) for template in entries], bits)
+        self._sets = _padded([list(template.sets) for template in templates.templates], bits)
 
     def matches(self, states: Bool[NDArray[np.bool_], "states bits"]) -> Bool[NDArray[np.bool_], "states templates"]:
         """Return which templates match each state."""
@@ -69,6 +66,12 @@ class SparseMatcher:
         cells = state[:, None] * (bits + 1) + self._sets[template]
         setting = np.bincount(cells.reshape(-1), minlength=count * (bits + 1)).reshape(count, bits + 1)
         return np.bincount(state, minlength=count), setting[:, :bits]
+
+
+def _literals(templates: TemplateSet) -> list[list[int]]:
+    """Return each template's conditions as literals: 0 … m − 1 are the bits, m … 2m − 1 their complements."""
+    bits = templates.layout.bits
+    return [[*template.ones, *(bits + bit for bit in template.zeros)] for template in templates.templates]
 
 
 def _padded(rows: list[list[int]], filler: int) -> NDArray[np.intp]:
@@ -168,7 +171,7 @@ class PlaneCounts:
 
     Attributes:
         num_matches: Digits of s, a row each.
-        set_counts: For each of `BitPlaneMatcher.groups` the digits of C_j, each with a row for each bit of the group.
+        set_counts: For each of `BitPlaneMatcher.groups` the digits of C_j, each with one row per bit of the group.
     """
 
     num_matches: UInt64[Planes, "digits columns"]
@@ -196,15 +199,11 @@ class BitPlaneMatcher:
     """
 
     def __init__(self, templates: TemplateSet) -> None:
-        entries = templates.templates
-        self._bits = templates.layout.bits
-        setters: list[list[int]] = [[] for _ in range(self._bits)]
+        self._bits, setters = templates.layout.bits, templates.setters
         # In s each template counts once: with those that have the same first bit.
         by_first_bit: dict[int, list[int]] = {}
-        for index, template in enumerate(entries):
+        for index, template in enumerate(templates.templates):
             by_first_bit.setdefault(min(template.sets, default=-1), []).append(index)
-            for bit in template.sets:
-                setters[bit].append(index)
         of_bit = [_cliques(templates, indices) for indices in setters]
         in_all = [
             clique
@@ -214,7 +213,9 @@ class BitPlaneMatcher:
         kinds: dict[tuple[int, int], list[int]] = {}
         for bit, cliques in enumerate(of_bit):
             kinds.setdefault((len(cliques), len(setters[bit])), []).append(bit)
-        self.groups = tuple(BitGroup(np.array(bits), *reversed(kind)) for kind, bits in sorted(kinds.items()))
+        self.groups = tuple(
+            BitGroup(np.array(bits), fan_in, set_count_max) for (set_count_max, fan_in), bits in sorted(kinds.items())
+        )
         self.num_matches_max = len(in_all)
 
         unions = sorted({*in_all, *(clique for cliques in of_bit for clique in cliques)}, key=lambda c: (len(c), c))
@@ -224,9 +225,7 @@ class BitPlaneMatcher:
             np.array([[union_row[clique] for clique in of_bit[bit]] for bit in group.bits], np.intp)
             for group in self.groups
         ]
-        self._levels, condition_row = _conjunctions(
-            entries, self._bits, [index for clique in unions for index in clique]
-        )
+        self._levels, condition_row = _conjunctions(templates, [index for clique in unions for index in clique])
         # Cliques of one size are united together; a row a clique.
         self._unions = [
             np.array([[condition_row[index] for index in clique] for clique in unions if len(clique) == size])
@@ -326,25 +325,20 @@ def _cliques(templates: TemplateSet, indices: Sequence[int]) -> list[tuple[int, 
     return [tuple(indices[position] for position in clique) for clique in cover]
 
 
-def _conjunctions(
-    entries: Sequence[Template], bits: int, order: Sequence[int]
-) -> tuple[list[NDArray[np.intp]], list[int]]:
-    """Return the rows that conditions are built from.
-
-    Rows 0 … m − 1 are the bits, m … 2m − 1 their complements, each later one the AND of two earlier ones.
+def _conjunctions(templates: TemplateSet, order: Sequence[int]) -> tuple[list[NDArray[np.intp]], list[int]]:
+    """Return the rows that conditions are built from: first the literals, then each the AND of two earlier ones.
 
     Args:
-        entries: Templates of the task.
-        bits: Number of bits m.
+        templates: Templates of the task.
         order: Templates in the order in which their rows will be read, which is the order of a level.
 
     Returns:
         Level by level the two operands of each row; and the row that says where each template matches.
     """
-    conditions = [(*template.ones, *(bits + bit for bit in template.zeros)) for template in entries]
+    conditions = _literals(templates)
     frequency = Counter(literal for condition in {frozenset(c) for c in conditions} for literal in condition)
     paths = [tuple(sorted(condition, key=lambda literal: (-frequency[literal], literal))) for condition in conditions]
-    row_of: dict[tuple[int, ...], int] = {(literal,): literal for literal in range(2 * bits)}
+    row_of: dict[tuple[int, ...], int] = {(literal,): literal for literal in range(2 * templates.layout.bits)}
     levels = []
     for size in range(2, max(map(len, paths)) + 1):
         ending = [paths[index] for index in order if len(paths[index]) == size]

@@ -43,9 +43,6 @@ class StateLayout:
     def __iter__(self) -> Iterator[str]:
         return iter(self._fields)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._fields
-
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={len(bits)}" for name, bits in self._fields.items())
         return f"StateLayout({fields})"
@@ -120,6 +117,7 @@ class TemplateSet:
     Attributes:
         layout: Fields of the state.
         templates: Templates in training-set order.
+        setters: For each bit the indices of the templates that set it, in ascending order.
         fan_in: F_j, the number of templates that set bit j.
 
     Raises:
@@ -131,12 +129,15 @@ class TemplateSet:
         self.layout = layout
         self.templates = tuple(templates)
         self._check()
-        written = torch.tensor([bit for template in self.templates for bit in template.sets], dtype=torch.int64)
-        self.fan_in: Int[Tensor, " bits"] = torch.bincount(written, minlength=layout.bits)
+        self.setters: list[list[int]] = [[] for _ in range(layout.bits)]
+        for index, template in enumerate(self.templates):
+            for bit in template.sets:
+                self.setters[bit].append(index)
+        self.fan_in: Int[Tensor, " bits"] = torch.tensor([len(setters) for setters in self.setters], dtype=torch.int64)
 
     @cached_property
     def labels(self) -> Bool[Tensor, "templates bits"]:
-        """Output bits Y of each template; made on first use, as large machines run without them."""
+        """Output bits Y of each template; made at the first use, because large machines run without them."""
         labels = torch.zeros(len(self.templates), self.layout.bits, dtype=torch.bool)
         for row, template in enumerate(self.templates):
             labels[row, list(template.sets)] = True
@@ -147,8 +148,8 @@ class TemplateSet:
         return self.labels.to(torch.float32)
 
     @cached_property
-    def _conditions(self) -> Float[Tensor, "templates bits"]:
-        """+1 on bits that must be 1, -1 on bits that must be 0.
+    def conditions(self) -> Float[Tensor, "templates bits"]:
+        """Value 1 on bits that must be 1, −1 on bits that must be 0, and 0 elsewhere.
 
         The product with a state reaches the number of required ones exactly where all conditions hold.
         """
@@ -181,14 +182,14 @@ class TemplateSet:
 
     def matches(self, states: Bool[Tensor, "states bits"]) -> Bool[Tensor, "states templates"]:
         """Return which templates match each state. Exact: sums of at most m ones in float32."""
-        return states.to(torch.float32) @ self._conditions.T == self._required
+        return states.to(torch.float32) @ self.conditions.T == self._required
 
     def set_counts(self, matches: Bool[Tensor, "states templates"]) -> Int[Tensor, "states bits"]:
         """Return C_j, the number of matching templates that set bit j."""
         return (matches.to(torch.float32) @ self._labels_float).to(torch.int64)
 
     def encode(self, matches: Bool[Tensor, "states templates"]) -> Float[Tensor, "states templates"]:
-        """Return the network's inputs, float64: the matches divided by √s; zero where no template matches."""
+        """Return the network's inputs (docs/theory.md, equation (3)), float64: the matches divided by √s, or zero."""
         hot = matches.to(torch.float64)
         return hot / hot.sum(1, keepdim=True).clamp_min(1).sqrt()
 

@@ -2,7 +2,8 @@
 
 `kernels` holds the two kernels of the network, `predictor` the mean and variance that training on a task's templates
 leads to, `decoding` the thresholds that turn a mean into bits and how often they fail, `executor` the closed loop,
-`certificate` what a decoder promises for all states, `validation` the loop on every input of a task.
+`certificate` what a decoder promises for all states, `validation` the loop on every input of a task. For a finite width
+there are `empirical`, the kernel of one network, `finite_width`, what the width adds, and `width_certificate`.
 """
 
 from ntk_ensembles.theory.certificate import (
@@ -22,12 +23,8 @@ from ntk_ensembles.theory.decoding import (
     Prediction,
     bit_error_probability,
     decode,
-    decode_mean,
     deviation_root,
-    exact_match_band,
     exact_match_probability,
-    log_exact_match_probability,
-    margin_table,
     margins,
     thresholds,
 )
@@ -51,7 +48,6 @@ from ntk_ensembles.theory.kernels import (
     kappa1,
     nngp,
     ntk,
-    ntk_profile,
 )
 from ntk_ensembles.theory.predictor import PADDING_MAX, Gaussian, Posterior, TemplatePredictor, posterior
 from ntk_ensembles.theory.width_certificate import certify_width
@@ -69,10 +65,10 @@ __all__ = [
     "FiniteWidth",
     "Gaussian",
     "InverseKernel",
-    "LimitPrediction",
-    "NTKExecutor",
     "Labels",
     "Layers",
+    "LimitPrediction",
+    "NTKExecutor",
     "Posterior",
     "Prediction",
     "Rollout",
@@ -82,30 +78,25 @@ __all__ = [
     "TensorStepper",
     "Trace",
     "TrainingKernel",
+    "VarianceEstimate",
     "WidthPrediction",
     "WorstCase",
-    "VarianceEstimate",
     "bit_error_probability",
     "certify",
     "certify_task",
     "certify_width",
     "check_labels",
     "decode",
-    "decode_mean",
     "deviation_root",
     "empirical_ntk",
-    "exact_match_band",
     "exact_match_probability",
     "kappa0",
     "kappa1",
     "linearise",
-    "log_exact_match_probability",
-    "margin_table",
     "margins",
     "members_for_states",
     "nngp",
     "ntk",
-    "ntk_profile",
     "posterior",
     "rollout",
     "sign_padding",

@@ -15,7 +15,7 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,8 @@ from ntk_ensembles.theory.decoding import (
     DECODERS,
     TIE,
     Decoder,
-    Variance,
+    LimitPrediction,
+    Prediction,
     decode_mean,
     log_exact_match_probability,
     margin_table,
@@ -49,6 +50,7 @@ _COVERS = (
     "layers trained a shift of the mean of order √(templates/width), and some spread), members that have not "
     "converged, or rounding: train.py measures those."
 )
+
 _INPUTS_SEEN = 1000
 """Number of inputs that show in which bits trajectories begin."""
 
@@ -118,7 +120,8 @@ class Certificate:
     def members(self, delta: float, log_states: float = 0.0) -> int | None:
         """Return the number of members that suffice for states to be all right with probability at least 1 − δ.
 
-        Union bound over the states' bits, each with the worst score: exp(log_states)·m·Φ(−score·√N) ≤ δ.
+        This is the union bound over the states' bits, each with the worst score: exp(log_states)·m·Φ(−score·√N) ≤ δ
+        (docs/theory.md, equation (34)).
 
         Args:
             delta: Chance δ of any wrong bit, between 0 and 1.
@@ -155,11 +158,10 @@ def certify(predictor: TemplatePredictor, bounds: MatchBounds, decoder: Decoder)
         decoder: One of `DECODERS`.
 
     Raises:
-        ValueError: The decoder is unknown.
+        OptionError: The decoder is unknown.
         RuntimeError: The solver failed.
     """
-    most, fewest = bounds.max_matches(), bounds.min_matches()
-    assert most is not None
+    most, fewest = bounds.most, bounds.min_matches()
     bits = predictor.templates.layout.bits
     if fewest is None:
         # Nothing ever matches: every next state is zero, and decoded so with certainty.
@@ -201,7 +203,7 @@ class _Search:
     ) -> None:
         self._predictor, self._decoder, self._bounds = predictor, decoder, bounds
         low, high = (bound.bound for bound in extent)
-        # Between C_j = 1 and F_j every count is possible, as far as is known here.
+        # As far as is known here, every C_j up to F_j is possible.
         self._ranges = {
             column: _Range(bit, set_count, low, high)
             for column, (bit, set_count) in enumerate(
@@ -287,49 +289,26 @@ class _Search:
         return float(scores[allowed].min()) if allowed.any() else math.inf
 
 
-def members_for_states(
-    predictor: TemplatePredictor,
-    decoder: Decoder,
-    matches: Bool[Tensor, "states templates"],
-    next_states: Bool[Tensor, "states bits"],
-    delta: float,
-) -> int | None:
+def members_for_states(prediction: Prediction, decoder: Decoder, delta: float) -> int | None:
     """Return the smallest N for which given states are all decoded right with probability at least 1 − δ.
 
     Each state's chance of any wrong bit is exact (bits are independent); over states, which share their members, they
     are added up (union bound).
 
     Args:
-        predictor: Theory of the ensemble.
+        prediction: What is predicted of the states.
         decoder: One of `DECODERS`.
-        matches: Templates that match each state.
-        next_states: True next states.
-        delta: Chance δ of any wrong bit, between 0 and 1.
-
-    Returns:
-        None where no number suffices: the infinite mean itself decodes a bit wrongly, or lies on its threshold.
-    """
-    gaussian = predictor.predict(matches)
-    _, margins = decode_mean(gaussian.mean, decoder, predictor, matches.sum(1), next_states)
-    return members_for_margins(margins, gaussian.variance, delta)
-
-
-def members_for_margins(margins: Float64[Tensor, "states bits"], variance: Variance, delta: float) -> int | None:
-    """Return the smallest N for which states are all decoded right with probability at least 1 − δ.
-
-    Args:
-        margins: Margins of the states' bits.
-        variance: Variance of one member.
         delta: Chance δ of any wrong bit, between 0 and 1.
 
     Returns:
         None where no number suffices: a mean is on the wrong side of its threshold, or lies on it.
     """
+    margins = prediction.margins[decoder]
     if float(margins.min()) <= TIE:
         return None
 
     def suffices(members: int) -> bool:
-        failures = -torch.expm1(log_exact_match_probability(margins, variance, members))
+        failures = -torch.expm1(log_exact_match_probability(margins, prediction.variance, members))
         return float(failures.sum()) <= delta
 
     high = 1
@@ -345,8 +324,8 @@ def members_for_margins(margins: Float64[Tensor, "states bits"], variance: Varia
 def sign_padding(predictor: TemplatePredictor, bounds: MatchBounds) -> int:
     """Return the number of padding templates that make the sign decoder right on all states in question.
 
-    A 1-bit's mean is w_m·C + w_u·(F − C) = (w_m − w_u)·C + w_u·F. It is positive if and only if
-    k > F·(s − (d − c)/(a − c))/C − (d − c)/c, which grows with s. 0-bits have means of at most 0.
+    A 1-bit's mean is positive if k is large enough (docs/theory.md, equation (27)), the larger the larger s is. 0-bits
+    have means of at most 0.
 
     Args:
         predictor: Theory of the templates; its own padding is not counted.
@@ -358,13 +337,11 @@ def sign_padding(predictor: TemplatePredictor, bounds: MatchBounds) -> int:
     Raises:
         RuntimeError: The solver failed.
     """
-    most = bounds.max_matches()
-    assert most is not None
-    size = len(predictor.templates)
+    size, most = len(predictor.templates), bounds.most.bound
     needed_at_most = {
-        (bit, set_count): _templates_needed(predictor.kernel, most.bound, set_count, fan_in)
+        (bit, set_count): _templates_needed(predictor.kernel, most, set_count, fan_in)
         for bit, fan_in in enumerate(predictor.fan_in.tolist())
-        for set_count in range(1, min(fan_in, most.bound) + 1)
+        for set_count in range(1, min(fan_in, most) + 1)
     }
     needed, critical = 0.0, (0, 0, 0)
     for (bit, set_count), at_most in sorted(needed_at_most.items(), key=lambda item: -item[1]):
@@ -388,7 +365,7 @@ def sign_padding(predictor: TemplatePredictor, bounds: MatchBounds) -> int:
 
 
 def _templates_needed(kernel: TrainingKernel, num_matches: int, set_count: int, fan_in: int) -> float:
-    """Return the k above which the mean of a bit with C = ``set_count`` ≥ 1 is positive."""
+    """Return the k above which the mean of a bit with C_j ≥ 1 is positive: docs/theory.md, equation (27)."""
     gap = kernel.gap
     excess = float(kernel.profile(torch.tensor(num_matches**-0.5, dtype=torch.float64))) - ORTHOGONAL
     return fan_in * (num_matches - gap / excess) / set_count - gap / ORTHOGONAL
@@ -414,7 +391,7 @@ def certify_task(
 
     Args:
         task: Task to certify.
-        layers: Which layers are trained, one of `LAYERS`.
+        layers: Which layers are trained.
         padding: Number of padding templates, as in `TemplatePredictor`.
         decoders: Decoders to certify.
         delta: Chance δ of any wrong bit that the members needed must stay below, between 0 and 1.
@@ -432,19 +409,12 @@ def certify_task(
     seen = evaluation.matches.sum(1)
     start_names = _start_bits(task, evaluation_seed)[1]
     scopes = scopes_of(task, evaluation_seed)
-    largest = {name: scope.max_matches() for name, scope in scopes.items()}
+    limit = LimitPrediction(task, evaluation, predictor)
     rows: dict[str, Any] = {}
     for decoder in decoders:
         certificates = {name: certify(predictor, scope, decoder) for name, scope in scopes.items()}
         rows[decoder] = {name: _describe(task, certificate) for name, certificate in certificates.items()}
-        rows[decoder]["members"] = {
-            "one_state": certificates["all_states"].members(delta),
-            "one_reachable_state": certificates["reachable"].members(delta),
-            "evaluation_states": members_for_states(
-                predictor, decoder, evaluation.matches, evaluation.next_states, delta
-            ),
-            "all_states": certificates["all_states"].members(delta, task.layout.bits * math.log(2)),
-        }
+        rows[decoder]["members"] = members_needed(certificates, limit, delta)
         if decoder == "sign":
             rows[decoder]["padding"] = {name: sign_padding(predictor, scope) for name, scope in scopes.items()}
     return {
@@ -455,7 +425,7 @@ def certify_task(
         "state_bits": task.layout.bits,
         "delta": delta,
         "num_matches": {
-            **{name: _describe_bound(bound) for name, bound in largest.items()},
+            **{name: {"max": s.most.bound, "max_attained": s.most.attained} for name, s in scopes.items()},
             "sampled": {"states": len(evaluation), "min": int(seen.min()), "max": int(seen.max())},
             "reachable_from": start_names,
         },
@@ -466,6 +436,25 @@ def certify_task(
         },
         "decoders": rows,
         "covers": _COVERS,
+    }
+
+
+def members_needed(
+    certificates: Mapping[str, Certificate], prediction: Prediction, delta: float
+) -> dict[str, int | None]:
+    """Return how many members suffice for what is to be right with probability at least 1 − δ.
+
+    Args:
+        certificates: Certificates of one decoder, by the names of `scopes_of`.
+        prediction: What is predicted of the evaluation states.
+        delta: Chance δ of any wrong bit, between 0 and 1.
+    """
+    every = certificates["all_states"]
+    return {
+        "one_state": every.members(delta),
+        "one_reachable_state": certificates["reachable"].members(delta),
+        "evaluation_states": members_for_states(prediction, every.decoder, delta),
+        "all_states": every.members(delta, every.bits * math.log(2)),
     }
 
 
@@ -501,11 +490,6 @@ def _start_bits(task: Task[Any, Any], seed: int) -> tuple[Bool[Tensor, " bits"],
     return start, names
 
 
-def _describe_bound(bound: Bound | None) -> dict[str, Any]:
-    assert bound is not None
-    return {"max": bound.bound, "max_attained": bound.attained}
-
-
 def _describe(task: Task[Any, Any], certificate: Certificate) -> dict[str, Any]:
     return {
         "exact": certificate.exact,
@@ -520,8 +504,8 @@ def _describe_worst_case(task: Task[Any, Any], worst: WorstCase | None) -> dict[
     """Return a state and bit in words: which bit, what sets it, and the state's fields that are not 0."""
     if worst is None:
         return None
-    templates = task.templates.templates
-    groups = Counter(template.group for template in templates if worst.bit in template.sets)
+    templates = task.templates
+    groups = Counter(templates.templates[index].group for index in templates.setters[worst.bit])
     return {
         "margin": worst.margin,
         "bit": task.layout.bit_name(worst.bit),

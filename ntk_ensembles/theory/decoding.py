@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
+from ntk_ensembles.errors import check_choice
 from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.theory.predictor import TemplatePredictor
 
@@ -27,12 +28,10 @@ DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 """All decoders, the default first."""
 
 SIGN_THRESHOLD = 1e-10
-"""Zero, as the paper's code writes it: keeps a 0 that rounding made positive a 0."""
+"""Zero, as the paper's code writes it: a mean of 0 that rounding made positive is still read as 0."""
 
 TIE = 1e-9
-"""A margin no larger than this is a tie: the mean is 0 but for rounding and `SIGN_THRESHOLD`."""
-
-_CERTAIN_THRESHOLD = 0.5
+"""Largest margin, of either sign, that is a tie: the mean is 0 but for rounding and `SIGN_THRESHOLD`."""
 
 Variance: TypeAlias = Float64[Tensor, " states"] | Float64[Tensor, "states bits"]
 """Variance of one member: the same for every bit of a state at infinite width, not at a finite one."""
@@ -48,8 +47,8 @@ def thresholds(
 
     Midpoint: τ_j = w_u·F_j + (w_m − w_u)/2. Since mean_j − w_u·F_j = (w_m − w_u)·C_j, the margin is at least
     (a − c)/(2(d − c)) on either side, for every template set. Sign: `SIGN_THRESHOLD`. Where s = 0 the output
-    is exactly 0 and so is the true next state; the threshold there is 1/2 for either decoder, which
-    decodes the same and marks these bits as certain rather than as ties.
+    is exactly 0 and so is the true next state; the threshold there is 1/2 for either decoder, which decodes the
+    same and makes these bits certain instead of ties.
 
     Args:
         decoder: One of `DECODERS`.
@@ -58,17 +57,16 @@ def thresholds(
         fan_in: Fan-in F_j of each bit; by default the predictor's.
 
     Raises:
-        ValueError: The decoder is unknown.
+        OptionError: The decoder is unknown.
     """
+    check_choice("decoder", decoder, DECODERS)
     fan_in = predictor.fan_in if fan_in is None else fan_in
-    if decoder == "midpoint":
-        matched_weight, unmatched_weight = predictor.weights(num_matches)
-        result = unmatched_weight[:, None] * fan_in + (matched_weight - unmatched_weight)[:, None] / 2
-    elif decoder == "sign":
+    if decoder == "sign":
         result = torch.full((len(num_matches), len(fan_in)), SIGN_THRESHOLD, dtype=torch.float64)
     else:
-        raise ValueError(f"decoder {decoder!r}: expected one of {', '.join(DECODERS)}")
-    return result.masked_fill(num_matches[:, None] == 0, _CERTAIN_THRESHOLD)
+        matched_weight, unmatched_weight = predictor.weights(num_matches)
+        result = unmatched_weight[:, None] * fan_in + (matched_weight - unmatched_weight)[:, None] / 2
+    return result.masked_fill(num_matches[:, None] == 0, 0.5)
 
 
 def decode(
@@ -116,7 +114,7 @@ def decode_mean(
         next_states: True next states.
 
     Raises:
-        ValueError: The decoder is unknown.
+        OptionError: The decoder is unknown.
     """
     limits = thresholds(decoder, predictor, num_matches)
     return decode(mean, limits), margins(mean, limits, next_states)
@@ -152,7 +150,7 @@ def margin_table(
         fan_in: F_j of each column.
 
     Raises:
-        ValueError: The decoder is unknown.
+        OptionError: The decoder is unknown.
     """
     num_matches = torch.arange(num_matches_max + 1)
     means = predictor.mean(num_matches, set_counts.expand(len(num_matches), -1), fan_in)
@@ -210,15 +208,7 @@ def log_exact_match_probability(
     """Return the logarithm of the chance that all bits of a state are decoded right: Σ_j log(1 − error_j).
 
     Its negative is accurate however small, so ``-torch.expm1(...)`` is the chance of any error where the
-    probability itself rounds to 1. Errors are those of `bit_error_probability`, ties included.
-
-    Args:
-        margins: Margins from `margins`.
-        variance: Variance of one member, of a state as from `TemplatePredictor.predict`, or of each bit.
-        members: Number of members N, at least 1.
-
-    Raises:
-        ValueError: There are no members.
+    probability itself rounds to 1. Arguments, ties and errors are those of `bit_error_probability`.
     """
     logs: Tensor = torch.special.log_ndtr(_scores(margins, variance, members))
     return logs.sum(1)
@@ -229,13 +219,7 @@ def exact_match_probability(
 ) -> Float64[Tensor, " states"]:
     """Return the chance that all bits of a state are decoded right: Π_j (1 − error_j), for bits are independent.
 
-    Args:
-        margins: Margins from `margins`.
-        variance: Variance of one member, of a state as from `TemplatePredictor.predict`, or of each bit.
-        members: Number of members N, at least 1.
-
-    Raises:
-        ValueError: There are no members.
+    Arguments, ties and errors are those of `bit_error_probability`.
     """
     return log_exact_match_probability(margins, variance, members).exp()
 
@@ -288,9 +272,9 @@ def exact_match_band(
     members: Sequence[int],
     *,
     generator: torch.Generator,
-    draws: int = 200,
+    draws: int = 100,
     levels: Sequence[float] = (0.05, 0.95),
-    states_max: int = 2048,
+    states_max: int = 1024,
 ) -> ExactMatchBand:
     """Return the Monte Carlo band of the share of states decoded right, for single ensembles of N members.
 
@@ -312,12 +296,11 @@ def exact_match_band(
             costs states³ time, and each draw states²·bits.
 
     Returns:
-        The exact mean over all states, and quantiles over the draws. Deviations are drawn in float32, from
-        a covariance with a little jitter: 3e-5 of the largest σ in all, which matters only to margins that
-        close to the deviation.
+        The exact mean over all states, and quantiles over the draws. Deviations are drawn in float32, with the
+        jitter of `deviation_root`, which matters only to margins that close to the deviation.
 
     Raises:
-        ValueError: There are no states, draws or members, or the decoder is unknown.
+        ValueError: There are no states, draws or members, or the decoder is unknown (`OptionError`).
     """
     if draws < 1 or not len(matches):
         raise ValueError(f"{draws} draws on {len(matches)} states: expected at least 1 of each")
@@ -354,7 +337,7 @@ class Prediction:
         variance: Variance of one member.
         thresholds: Thresholds of each decoder.
         next_states: True next states.
-        bias: How far ``mean`` is from the NTK mean; by default nowhere.
+        bias: How far ``mean`` is from the NTK mean; 0 by default.
 
     Attributes:
         mean: As given.
@@ -401,13 +384,9 @@ class LimitPrediction(Prediction):
             layers are trained, without padding.
 
     Attributes:
-        task: Task that is learned.
-        evaluation: Its evaluation states.
+        task: As given.
+        evaluation: As given.
         predictor: As given.
-        mean: Mean output of infinitely many members at each state.
-        variance: Variance of one member at each state.
-        thresholds: Thresholds of each decoder.
-        margins: Margins of each decoder.
     """
 
     def __init__(
@@ -435,13 +414,6 @@ class LimitPrediction(Prediction):
 
         The seed is fixed, so repeated calls return the same band.
         """
-        return exact_match_band(
-            self.predictor,
-            self.evaluation.matches,
-            self.evaluation.next_states,
-            decoder,
-            members,
-            generator=torch.Generator().manual_seed(0),
-            draws=100,
-            states_max=1024,
-        )
+        matches, next_states = self.evaluation.matches, self.evaluation.next_states
+        generator = torch.Generator().manual_seed(0)
+        return exact_match_band(self.predictor, matches, next_states, decoder, members, generator=generator)

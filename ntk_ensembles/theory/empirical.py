@@ -1,4 +1,4 @@
-"""Kernels of networks of finite width, and what training by them leads to (docs/theory.md, section 4).
+"""Kernels of networks of finite width, and what training by them leads to (docs/theory.md, sections 4 and 5).
 
 A network's gradients at its weights θ give its own, empirical neural tangent kernel: with J(x) = ∂f(x)/∂θ,
 Θ̂(x, y) = J(x)J(y)ᵀ, one matrix (outputs × outputs) for each pair of inputs. As the width grows it approaches
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 _BLOCK_BYTES = 2**28
-"""Gradients held at once, for each of the kernel's two sides."""
+"""Size of the gradients held at once, for each of the kernel's two sides."""
 
 _INPUTS_AT_ONCE = 1024
 
@@ -32,9 +32,8 @@ def empirical_ntk(
 ) -> Float[Tensor, "left right"] | Float[Tensor, "left outputs right outputs"]:
     """Compute the neural tangent kernel of one network of finite width, at its present weights.
 
-    Θ̂(x, y) = J(x)J(y)ᵀ is a matrix (outputs × outputs) for each pair of inputs. Its trace over the number of
-    outputs is one number a pair, to be compared with `ntk`. The whole of it, with ``trace=False``, is what
-    training goes by: its off-diagonal entries, of order 1/√width, couple the outputs.
+    The trace of Θ̂(x, y) over the number of outputs is one number a pair, to be compared with `ntk`. The whole matrix,
+    with ``trace=False``, is what training goes by: its off-diagonal entries, of order 1/√width, couple the outputs.
 
     Only parameters that require gradients count. With the hidden layer of a `TwoLayerMLP` frozen the
     result is the empirical NNGP kernel, to be compared with `nngp`.
@@ -42,15 +41,14 @@ def empirical_ntk(
     Args:
         network: Any module that maps (inputs, features) to (inputs, outputs), each row by itself; in
             evaluation mode where the modes differ. It is not changed.
-        x: The inputs of the kernel's rows, shape (left, features), on the network's device; converted to
-            its dtype.
-        y: The inputs of the kernel's columns, shape (right, features); those of the rows by default.
-        trace: Whether to average over outputs; True by default.
+        x: Inputs of the kernel's rows, on the network's device; converted to its dtype.
+        y: Inputs of the kernel's columns; those of the rows by default.
+        trace: Whether to average over outputs.
 
     Returns:
-        Shape (left, right), or (left, outputs, right, outputs) with ``trace=False``; in the network's dtype.
-        Costs a gradient for each input and output, and products of all pairs; beside the result, memory
-        for two blocks of gradients of 256 MiB each (one gradient where a single one is larger).
+        The kernel in the network's dtype. Costs a gradient for each input and output, and products of all pairs;
+        beside the result, memory for two blocks of gradients of 256 MiB each (one gradient where a single one is
+        larger).
 
     Raises:
         ValueError: The network's output has not two axes, or it has no parameters that require gradients.
@@ -86,12 +84,11 @@ def linearise(
         network: Any module that maps (inputs, features) to (inputs, outputs), each row by itself; in
             evaluation mode where the modes differ. It is not changed, and later changes of it have no effect.
             Parameters that do not require gradients stay as they are.
-        inputs: X, one training input a row, shape (templates, features).
-        labels: Y, the target of each, shape (templates, outputs).
+        inputs: X, one training input a row.
+        labels: Y, the target of each.
 
     Returns:
-        The trained linear network: a function of inputs of shape (inputs, features), any float dtype, on the
-        network's device, that returns its outputs, shape (inputs, outputs), float64.
+        The trained linear network: a function of inputs, any float dtype, on the network's device.
 
     Raises:
         ValueError: The network cannot fit all labels when it is linearised, because J(X)J(X)ᵀ is singular (equal
@@ -112,8 +109,7 @@ def linearise(
             f"the empirical kernel of {len(x)} inputs with {outputs} outputs each is singular: {model.size} weights, "
             "linearised, cannot fit labels at these inputs (equal or parallel rows, a zero row, or too few weights)"
         )
-    pair = vjp(lambda weights: model(weights, x), model.weights)
-    start, pull = pair[0], pair[1]
+    start, pull = vjp(lambda weights: model(weights, x), model.weights)[:2]
     cotangents = torch.cholesky_solve((y - start).reshape(-1, 1), factor).view_as(y)
     (change,) = pull(cotangents)
 
@@ -138,7 +134,7 @@ class _Model:
         for name, value in network.named_buffers():
             floating = value.is_floating_point()
             self._constants[name] = value.detach().to(dtype if floating else None, copy=dtype is not None)
-        self.dtype = self.weights[min(trained)].dtype
+        self.dtype = next(iter(self.weights.values())).dtype
         self.size = sum(value.numel() for value in self.weights.values())
 
     def __call__(self, weights: Weights, inputs: Tensor) -> Tensor:
@@ -168,7 +164,7 @@ class _Model:
 
 
 Side = tuple[Tensor, Tensor]
-"""Inputs, and the output of each that is meant."""
+"""Inputs, and for each the index of an output."""
 
 
 def _all(inputs: Tensor, output: int) -> Tensor:
@@ -181,7 +177,7 @@ def _every_output(inputs: Tensor, outputs: int) -> Side:
 
 
 def _gram(model: _Model, left: Side, right: Side) -> Tensor:
-    """J·Jᵀ between the rows of two sides, in blocks; gradients on the right are made again for each block."""
+    """Return J·Jᵀ between the rows of two sides, in blocks; gradients on the right are made again for each block."""
     size = max(1, _BLOCK_BYTES // (model.size * model.dtype.itemsize))
     symmetric = left[0] is right[0]
     result = left[0].new_zeros(len(left[0]), len(right[0]))
@@ -200,7 +196,7 @@ def _gram(model: _Model, left: Side, right: Side) -> Tensor:
 
 
 def _tangent(model: _Model, inputs: Tensor, change: Weights) -> Tensor:
-    """f₀(x) + J(x)·change."""
-    pair = jvp(lambda weights: model(weights, inputs), (model.weights,), (change,))
-    result: Tensor = pair[0] + pair[1]
+    """Return f₀(x) + J(x)·change."""
+    outputs, changes = jvp(lambda weights: model(weights, inputs), (model.weights,), (change,))[:2]
+    result: Tensor = outputs + changes
     return result

@@ -4,17 +4,17 @@
 own: `NTKExecutor`, the mean of the infinitely wide ensemble; a loaded ensemble of trained members.
 
 A prediction of the limit depends on a state and a bit only through s, C_j and F_j. So the mean, the threshold, the
-decoded bit and its margin are computed once, as numbers, for every s, F_j and C_j that can occur; what a state decodes
-to is then looked up by its s and its C_j. Nothing is assumed of the decoder. Large batches are counted and looked up on
-bit planes (`BitPlaneMatcher`), a handful of states by lists of positions (`SparseMatcher`).
+decoded bit and its margin are computed once for every s, C_j and F_j that can occur, whatever the decoder; for a state
+they are looked up. Large batches are counted and looked up on bit planes (`BitPlaneMatcher`), a handful of states by
+lists of positions (`SparseMatcher`).
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -100,7 +100,7 @@ class Stepper(Protocol[BatchT]):
         ...
 
 
-class TensorStepper:
+class TensorStepper(ABC):
     """Base class of steppers that work on boolean tensors: only `step` is left to write."""
 
     states_at_once = 1 << 16
@@ -180,38 +180,6 @@ class Rollout:
     trace: Trace | None = None
 
 
-def micro_steps_of(
-    stepper: Stepper[BatchT], batch: BatchT, micro_steps: int, *, every: bool = False, stop: Stop | None = None
-) -> Iterator[tuple[NDArray[np.intp] | None, Step[BatchT]]]:
-    """Run the closed loop and yield its micro-steps: predict, decode, compare, feed back, until all states rest.
-
-    Args:
-        stepper: What predicts.
-        batch: States to start from.
-        micro_steps: Largest number of micro-steps.
-        every: Make all of them, though states may rest.
-        stop: Criterion on all states together, in place of single states at rest, which then stay in the loop.
-
-    Yields:
-        Which of the states are still in the batch, None for all; and the micro-step.
-    """
-    rows: NDArray[np.intp] | None = None
-    for _ in range(micro_steps):
-        step = stepper.step(batch)
-        yield rows, step
-        if stop is not None:
-            if stop(stepper.to_states(batch), stepper.to_states(step.batch)):
-                return
-        elif not every and not step.moved.all():
-            if not step.moved.any():
-                return
-            if (left := stepper.select(step.batch, step.moved)) is not None:
-                rows = np.flatnonzero(step.moved) if rows is None else rows[step.moved]
-                batch = left
-                continue
-        batch = step.batch
-
-
 def rollout(
     stepper: Stepper[Any],
     states: Bool[Tensor, "states bits"],
@@ -222,15 +190,15 @@ def rollout(
 ) -> Rollout:
     """Run a closed loop: each decoded state is the next state, and nothing corrects it.
 
-    A state that a micro-step does not change has come to rest and need not be predicted again. Memory grows with the
-    number of states and, without a trace, not with the number of micro-steps.
+    A state that a micro-step does not change is at rest and need not be predicted again. Without a trace, memory does
+    not grow with the number of micro-steps.
 
     Args:
         stepper: What predicts.
         states: States to start from.
         micro_steps: Number of micro-steps, at least 0.
-        trace: Keep every micro-step. All of them are made then, of states at rest too.
-        stop: Criterion on all states together, in place of single states at rest, which then stay in the loop.
+        trace: Whether to keep every micro-step. All of them are made then, of states at rest too.
+        stop: When to end, asked of all states together; single states at rest then stay in the loop.
 
     Raises:
         ValueError: States have another number of bits, or ``micro_steps`` is negative.
@@ -259,39 +227,37 @@ def rollout(
 def _roll_chunk(
     stepper: Stepper[Any], states: Bool[Tensor, "states bits"], micro_steps: int, trace: bool, stop: Stop | None
 ) -> Rollout:
-    margins = np.full(len(states), np.inf)
-    agreed = np.ones(len(states), np.bool_)
-    finals = states
-    kept: list[Step[Any]] = []
-    rows: NDArray[np.intp] | None = None
-    last: Step[Any] | None = None
-    for rows_now, step in micro_steps_of(stepper, stepper.to_batch(states), micro_steps, every=trace, stop=stop):
-        if rows_now is not rows and last is not None:
-            finals = _with_rows(finals, rows, stepper.to_states(last.batch))
-        rows, last = rows_now, step
-        if rows is None:
-            np.minimum(margins, step.margins, out=margins)
-            agreed &= step.agreed
-        else:
-            margins[rows] = np.minimum(margins[rows], step.margins)
-            agreed[rows] &= step.agreed
+    margins, agreed = np.full(len(states), np.inf), np.ones(len(states), np.bool_)
+    finals = np.empty(states.shape, np.bool_)
+    steps: list[Step[Any]] = []
+    # States that are still in the batch: all, until those at rest are taken out.
+    rows: NDArray[np.intp] | slice = slice(None)
+    batch = stepper.to_batch(states)
+    for _ in range(micro_steps):
+        step = stepper.step(batch)
+        margins[rows] = np.minimum(margins[rows], step.margins)
+        agreed[rows] &= step.agreed
+        before, batch = batch, step.batch
         if trace:
-            kept.append(step)
-    finals = states.clone() if last is None else _with_rows(finals, rows, stepper.to_states(last.batch))
+            steps.append(step)
+        if stop is not None:
+            if stop(stepper.to_states(before), stepper.to_states(batch)):
+                break
+        elif not trace and not step.moved.all():
+            if not step.moved.any():
+                break
+            moving = stepper.select(batch, step.moved)
+            if moving is not None:
+                finals[rows] = stepper.to_states(batch).numpy()
+                rows = np.arange(len(states))[rows][step.moved]
+                batch = moving
+    finals[rows] = stepper.to_states(batch).numpy()
     return Rollout(
-        finals,
+        torch.from_numpy(finals),
         torch.from_numpy(margins),
         torch.from_numpy(agreed),
-        _joined(stepper, states, kept) if trace else None,
+        _joined(stepper, states, steps) if trace else None,
     )
-
-
-def _with_rows(finals: Tensor, rows: NDArray[np.intp] | None, states: Tensor) -> Tensor:
-    """Return the final states with some of them replaced, None for all."""
-    if rows is None:
-        return states
-    finals[torch.from_numpy(rows)] = states
-    return finals
 
 
 def _joined(stepper: Stepper[Any], states: Bool[Tensor, "states bits"], steps: Sequence[Step[Any]]) -> Trace:
@@ -508,8 +474,8 @@ class _MarginLookup:
     """The smallest margin of every lane, over all bits or those with C_j > 0 or with C_j = 0.
 
     Columns of `_DecodingTable` with the same margins form a class. A lane's smallest margin depends on its s and
-    on which classes its bits belong to. A class that some bit of every state belongs to needs no look-up, nor does one
-    whose margins are nowhere smaller.
+    on which classes its bits belong to. Some classes have a bit in every state: their smallest margins make the base.
+    Of the others, only those with a smaller margin than the base somewhere are looked for.
     """
 
     def __init__(self, table: _DecodingTable, groups: Sequence[BitGroup], ones: bool | None) -> None:

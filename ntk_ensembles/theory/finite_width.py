@@ -32,11 +32,11 @@ LABELS: tuple[Labels, ...] = get_args(Labels)
 """All labels, the default first."""
 
 _ITERATIONS = 100
-"""Enough for the corrected labels wherever the expansion means anything; each one gains a factor √(k/n) or better."""
+"""Rounds that settle the corrected labels wherever the expansion holds; each reduces the error by about √(k/n)."""
 
 _UNITS_AT_ONCE = 512
 _OUTPUTS_AT_ONCE = 1 << 19
-"""States times units times bits of one step of the variance: enough to keep threads busy, few enough for a cache."""
+"""States times units times bits of one step of `FiniteWidth.variance`: enough for the threads, few for the cache."""
 
 MOVEMENT_MAX = 0.6
 """Largest `FiniteWidth.movement` at which predictions are shown, about that of n = 5k for the tasks here.
@@ -58,7 +58,7 @@ def check_labels(labels: Labels, layers: Layers) -> None:
         layers: Which layers are trained.
 
     Raises:
-        OptionError: An unknown word, or corrected labels where there is no bias to correct.
+        OptionError: ``labels`` is none of `LABELS`, or they are corrected where there is no bias to correct.
     """
     check_choice("labels", labels, LABELS)
     if labels == "corrected" and layers == "readout":
@@ -77,26 +77,26 @@ class VarianceEstimate:
 
 
 class FiniteWidth:
-    """The bias of the mean and the variance that members of a finite width have beside the limit.
+    """The bias of the mean and the variance of members of a finite width.
 
     Args:
-        predictor: The infinite-width theory of the templates: padding and layers included, ``antisymmetric`` for
-            members of antisymmetric initialisation.
-        width: n, the number of hidden units, at least 1.
-        corrected: Whether members are trained on the labels less their shift (docs/theory.md, equation
-            (42)), so that the ensemble's mean approaches that of infinite width; False by default.
+        predictor: Infinite-width theory of the same templates, padding, layers and initialisation.
+        width: Number n of hidden units, at least 1.
+        corrected: Whether members are trained on the labels less their shift (docs/theory.md, equation (42)), so that
+            the ensemble's mean approaches that of infinite width.
 
     Attributes:
-        labels: What members are trained on: Y, or Y − b, shape (templates, bits), float64; padding in the last rows.
-        shift: b (docs/theory.md, equation (39)): the ensemble's mean is that of infinite width for
-            ``labels + shift``; shape (templates, bits), float64. 0 where the readout alone is trained.
         predictor: As given.
         width: As given.
-        trained: Training labels less Y: 0, or −b; shape (templates, bits), float64.
-        moved: What the ensemble's mean is that of infinite width for, less Y: b, or 0; of the same shape.
+        labels: What members are trained on: Y, or Y − b. This and the next three have shape (templates, bits), float64,
+            with the padding in the last rows.
+        shift: The shift b of these labels (docs/theory.md, equation (39)), 0 where the readout alone is trained: the
+            ensemble's mean is that of infinite width for ``labels + shift``.
+        trained: ``labels`` less Y: 0, or −b.
+        moved: ``labels + shift`` less Y: b, or 0.
         movement: √(k/n)·|r_i|, root mean square over templates: the share of its own scale by which a hidden weight
             moves in training; the expansion is in powers of it. 0 where the readout alone is trained.
-        trusted_from: The width below which the expansion should not be used.
+        trusted_from: Width below which the expansion should not be used.
 
     Raises:
         OptionError: The width is less than 1, or so small that no labels can be corrected; or labels are to be
@@ -149,7 +149,7 @@ class FiniteWidth:
         return (labels - ORTHOGONAL / (self._gap + ORTHOGONAL * len(labels)) * labels.sum(0)) / self._gap
 
     def _noise(self) -> tuple[float, float]:
-        """Return own and shared of r's covariance over initialisations, own·I + shared·11ᵀ (docs/theory.md, (41))."""
+        """Return own and shared: r has covariance own·I + shared·11ᵀ over initialisations (docs/theory.md, (41))."""
         if self.predictor.antisymmetric:
             return 0.0, 0.0
         size = self.predictor.size
@@ -159,10 +159,11 @@ class FiniteWidth:
         return own, (total - own) / size
 
     def _lengths(self, seen: Tensor) -> Tensor:
-        """√E|r_i|² of every template, (templates, 1)."""
+        """Return √E|r_i|² of every template (docs/theory.md, equation (41)), shape (templates, 1)."""
         return (seen.square().sum(1, keepdim=True) + seen.shape[1] * sum(self._noise())).sqrt()
 
     def _shift(self, labels: Tensor) -> Tensor:
+        """Return b for these labels (docs/theory.md, equation (39))."""
         if self.predictor.kernel.layers == "readout":
             return torch.zeros_like(labels)
         seen = self._through_inverse(labels)
@@ -175,39 +176,37 @@ class FiniteWidth:
         """Compute by how much the ensemble's mean differs from that of infinite width.
 
         Args:
-            matches: Which templates match each state, as from `TemplateSet.matches`, shape (states, templates).
+            matches: Templates that match each state, as from `TemplateSet.matches`.
 
         Returns:
-            docs/theory.md, equation (40), shape (states, bits), in units of the labels: 0 for corrected labels. A
-            template alone is a training point, where every member outputs what it was trained on: 0 for plain labels,
-            −b for corrected ones. Nothing matches a state that is 0.
+            The bias (docs/theory.md, equation (40)) in units of the labels: 0 for corrected labels. Where one template
+            matches alone, a training point, every member outputs what it was trained on: there the bias is 0 for plain
+            labels and −b for corrected ones. It is 0 where no template matches.
         """
-        matched = matches.sum(1)
-        matched_weight, unmatched_weight = self.predictor.weights(matched)
-        moved = self.moved
-        contrast = (matched_weight - unmatched_weight)[:, None]
-        bias = contrast * (self._padded(matches) @ moved) + unmatched_weight[:, None] * moved.sum(0)
-        alone = self._padded(matches) @ self.trained
-        return bias.where(matched[:, None] > 1, alone.where(matched[:, None] == 1, 0.0))
+        num_matches = matches.sum(1)
+        w_m, w_u = (weight[:, None] for weight in self.predictor.weights(num_matches))
+        padded = self._padded(matches)
+        bias = (w_m - w_u) * (padded @ self.moved) + w_u * self.moved.sum(0)
+        alone = padded @ self.trained
+        return bias.where(num_matches[:, None] > 1, alone.where(num_matches[:, None] == 1, 0.0))
 
     def variance(
         self, matches: Bool[Tensor, "states templates"], *, generator: torch.Generator, units: int = 1024
     ) -> VarianceEstimate:
         """Estimate the variance of one member's outputs at this width.
 
-        That is the variance of infinite width, what the gates take from the initial function's part of it, and the
+        That is the variance of infinite width, what the gates change about the initial function's part of it, and the
         expectation over one hidden unit (docs/theory.md, equations (44) to (46); (49) where the readout alone is
-        trained). Of the unit only the hidden weights are drawn, with ``generator``; the average over its readout is
-        exact.
+        trained). Of the unit only the hidden weights are drawn; the average over its readout is exact.
 
         Args:
-            matches: Which templates match each state, as from `TemplateSet.matches`, shape (states, templates).
-            generator: A CPU generator; all randomness comes from it.
-            units: How many units to draw, at least 2; 1,024 by default.
+            matches: Templates that match each state, as from `TemplateSet.matches`.
+            generator: Source of all randomness, on the CPU.
+            units: Number of units to draw, at least 2.
 
         Returns:
-            Variance and its standard error, shape (states, bits), in squared units of the labels; both 0 where at
-            most one template matches. Costs states · s · bits · units multiply-adds.
+            Variance and its standard error, in squared units of the labels; both 0 where at most one template matches.
+            Costs states · s · bits · units multiply-adds.
 
         Raises:
             OptionError: Fewer than 2 units.
@@ -242,33 +241,33 @@ class FiniteWidth:
         return _ReadoutUnits(hidden, seen, self.labels.to(hidden.dtype), self._noise(), inflation)
 
     def _gates(self, matches: Tensor, seen: Tensor) -> Tensor:
-        """Return what the gates do to the initial function (docs/theory.md, equation (45))."""
+        """Return what the gates add to the variance of the initial function (docs/theory.md, equation (45))."""
         if self.predictor.antisymmetric or self.predictor.kernel.layers == "readout":
             return seen.new_zeros(len(matches), seen.shape[1])
         size = self.predictor.size
         lengths = self._lengths(seen)
         scale = math.sqrt(size / self.width) / (2 * math.pi * self._gap)
         share = scale * (lengths + seen.square() / lengths)
-        matched = matches.sum(1)
-        on, off = (weight[:, None] for weight in self.predictor.weights(matched))
-        excess = kappa1(matched.clamp_min(1).to(torch.float64).rsqrt())[:, None] - ORTHOGONAL
-        total = matched[:, None] * (on - off) + size * off
+        num_matches = matches.sum(1)
+        w_m, w_u = (weight[:, None] for weight in self.predictor.weights(num_matches))
+        excess = kappa1(num_matches.clamp_min(1).to(torch.float64).rsqrt())[:, None] - ORTHOGONAL
+        total = num_matches[:, None] * (w_m - w_u) + size * w_u
         own = NNGP_DIAGONAL - ORTHOGONAL
-        summed = own * total + ORTHOGONAL * size * (total - 1) - matched[:, None] * excess
+        summed = own * total + ORTHOGONAL * size * (total - 1) - num_matches[:, None] * excess
         everywhere = ORTHOGONAL * (total - 1) - ORTHOGONAL / (self._gap + ORTHOGONAL * size) * summed
         inside = self._padded(matches) @ share
         outside = share.sum(0) - inside
-        change = inside * on * (own * on + everywhere - excess) + outside * off * (own * off + everywhere)
-        return (2 / size * change).where(matched[:, None] > 1, 0.0)
+        change = inside * w_m * (own * w_m + everywhere - excess) + outside * w_u * (own * w_u + everywhere)
+        return (2 / size * change).where(num_matches[:, None] > 1, 0.0)
 
 
 class _Units:
-    """Hidden weights of some units, and what of equation (43) is the same for every state.
+    """Hidden weights of some units, and what of docs/theory.md, equation (43) is the same for every state.
 
     Args:
         hidden: The weights, shape (units, templates).
-        seen: r.
-        noise: Its covariance over initialisations, as own and shared.
+        seen: r, from `FiniteWidth._through_inverse`.
+        noise: Its covariance, from `FiniteWidth._noise`.
     """
 
     def __init__(self, hidden: Tensor, seen: Tensor, noise: tuple[float, float]) -> None:
@@ -278,46 +277,44 @@ class _Units:
         self._sum, self._square = values.sum(1), values.square().sum(1)
         self._count = active.sum(1)
 
-    def squares(self, at: Tensor, on: float, off: float) -> Tensor:
-        """E[ξ_j²] over the readout and the initial function, for each state and unit: (states, units, bits).
+    def squares(self, at: Tensor, w_m: float, w_u: float) -> Tensor:
+        """Return E[ξ_j²] over the readout and the initial function, for each state and unit: (states, units, bits).
 
         Args:
-            at: The templates that match each state, equally many and at least two: (states, matches).
-            on: w_m.
-            off: w_u.
+            at: Templates that match each state, the same number for each and at least two: (states, matches).
+            w_m: Their weight in the prediction.
+            w_u: That of the other templates.
         """
-        contrast, scale = on - off, 1 / math.sqrt(at.shape[1])
+        contrast, scale = w_m - w_u, 1 / math.sqrt(at.shape[1])
         hidden = self._by_template[at]
         values, active = hidden.relu(), (hidden > 0).to(hidden.dtype)
-        argument, gap = _gap(hidden, values, self._sum, on, off)
-        # x_i·1[w·x > 0] − v_i is this much above −w_u on the matching templates.
+        argument, misfit = _misfit(hidden, values, self._sum, w_m, w_u)
+        # On matching templates x_i·1[w·x > 0] − v_i is this much above −w_u.
         inside = scale * (argument > 0).to(values.dtype) - contrast
-        moved = inside[..., None] * (active.mT @ self._seen[at]) - off * self._gated
-        result = (gap[..., None] * self._features + moved).square() + moved.square()
-        result += moved.square().sum(2, keepdim=True)
+        psi = inside[..., None] * (active.mT @ self._seen[at]) - w_u * self._gated
+        result = (misfit[..., None] * self._features + psi).square() + psi.square()
+        result += psi.square().sum(2, keepdim=True)
         own, shared = self._noise
         if own:
             # r varies too, with this covariance between templates, independently from bit to bit. The two quadratic
-            # forms need the squares and the sums of g_i = (x_i·1[w·x > 0] − v_i)·1[w_i > 0] and of G·relu(w_i) + g_i.
+            # forms need the squares and the sums of γ_i = (x_i·1[w·x > 0] − v_i)·1[w_i > 0] and of G·relu(w_i) + γ_i.
             count = active.sum(1)
-            gate = inside.square() * count - 2 * inside * off * count + off**2 * self._count
-            cross = inside * values.sum(1) - off * self._sum
-            both = gap.square() * self._square + 2 * gap * cross + gate
-            gate_sum = inside * count - off * self._count
-            both_sum = gap * self._sum + gate_sum
+            gate = inside.square() * count - 2 * inside * w_u * count + w_u**2 * self._count
+            cross = inside * values.sum(1) - w_u * self._sum
+            both = misfit.square() * self._square + 2 * misfit * cross + gate
+            gate_sum = inside * count - w_u * self._count
+            both_sum = misfit * self._sum + gate_sum
             form = own * gate + shared * gate_sum.square()
             result += (own * both + shared * both_sum.square() + (self._seen.shape[1] + 1) * form)[..., None]
         return result
 
 
 class _ReadoutUnits:
-    """Hidden weights of some units, and what of equation (49) is the same for every state.
+    """Hidden weights of some units, and what of docs/theory.md, equation (49) is the same for every state.
 
     Args:
-        hidden: The weights, shape (units, templates).
-        seen: r.
-        labels: Y.
-        noise: Covariance of r over initialisations, as own and shared.
+        hidden: As for `_Units`; ``seen`` and ``noise`` too.
+        labels: Y, shape (templates, bits).
         inflation: n/(n − k − 1).
     """
 
@@ -334,22 +331,22 @@ class _ReadoutUnits:
         self._expected = inflation * expected - taken_expected
         self._centred = inflation * ((values @ seen).square() - expected) - (taken - taken_expected)[:, None]
 
-    def squares(self, at: Tensor, on: float, off: float) -> Tensor:
+    def squares(self, at: Tensor, w_m: float, w_u: float) -> Tensor:
         """Return what equation (49) averages over units, for each: (states, units, bits); arguments as of `_Units`."""
         hidden = self._by_template[at]
-        _, gap = _gap(hidden, hidden.relu(), self._sum, on, off)
-        matched, others = at.shape[1], len(self._by_template) - at.shape[1]
-        covered = matched * on * float(kappa1(torch.tensor(matched**-0.5, dtype=torch.float64)))
-        expected = NNGP_DIAGONAL - covered - others * off * ORTHOGONAL
-        return (gap.square() - expected)[..., None] * self._centred + expected * self._expected
+        _, misfit = _misfit(hidden, hidden.relu(), self._sum, w_m, w_u)
+        num_matches, others = at.shape[1], len(self._by_template) - at.shape[1]
+        covered = num_matches * w_m * float(kappa1(torch.tensor(num_matches**-0.5, dtype=torch.float64)))
+        expected = NNGP_DIAGONAL - covered - others * w_u * ORTHOGONAL
+        return (misfit.square() - expected)[..., None] * self._centred + expected * self._expected
 
 
 def _alike(matches: Tensor, most: int) -> list[tuple[Tensor, Tensor]]:
-    """Put states together that equally many templates match, at least two: many tensors would be too small for threads.
+    """Group states by the number of templates that match them, if that is at least two, to work on few large tensors.
 
     Args:
-        matches: Which templates match each state, (states, templates).
-        most: How many states to put together at most; less than 1 is taken for 1.
+        matches: Templates that match each state, (states, templates).
+        most: Largest number of states in a group; less than 1 is taken for 1.
 
     Returns:
         Rows of states, (states,), and the templates that match them, (states, matches).
@@ -363,18 +360,18 @@ def _alike(matches: Tensor, most: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _gap(hidden: Tensor, values: Tensor, total: Tensor, on: float, off: float) -> tuple[Tensor, Tensor]:
-    """Return w·x and G of equation (43), (states, units) each.
+def _misfit(hidden: Tensor, values: Tensor, total: Tensor, w_m: float, w_u: float) -> tuple[Tensor, Tensor]:
+    """Return w·x and G of docs/theory.md, equation (43), (states, units) each.
 
     Args:
         hidden: w at the matching templates, (states, matches, units).
         values: relu(w) there.
         total: Σ_i relu(w_i) over all templates, (units,).
-        on: w_m.
-        off: w_u.
+        w_m: As for `_Units.squares`.
+        w_u: As for `_Units.squares`.
     """
     argument = hidden.sum(1) / math.sqrt(hidden.shape[1])
-    return argument, argument.relu() - (on - off) * values.sum(1) - off * total
+    return argument, argument.relu() - (w_m - w_u) * values.sum(1) - w_u * total
 
 
 _STATES_MAX = 1024
@@ -390,14 +387,13 @@ class WidthPrediction(Prediction):
     Args:
         limit: Infinite width on the same states.
         finite: Theory of the width, of the same templates and initialisation.
-        units: Number of hidden units to draw for the variance; 256 by default. The seed is fixed.
-        states_max: Number of states to predict at most; 1,024 by default.
+        units: Number of hidden units to draw for the variance, with a fixed seed.
+        states_max: Largest number of states to predict.
 
     Attributes:
         finite: As given.
-        rows: Which of the evaluation states are predicted: all, or as many as were asked for, at equal distances.
-        variance_error: Standard error of the mean variance from the number of units drawn, as a share of it; an upper
-            bound.
+        rows: Indices of the evaluation states that are predicted, from `rows_at_equal_distances`.
+        variance_error: Upper bound on the standard error of the mean variance, as a share of it.
     """
 
     def __init__(
@@ -418,11 +414,11 @@ class WidthPrediction(Prediction):
 
 
 def rows_at_equal_distances(states: int, states_max: int = _STATES_MAX) -> Int64[Tensor, " rows"]:
-    """Return the indices of the evaluation states that stand for all: all, or as many as are wanted.
+    """Return indices, at equal distances, of the evaluation states that stand for all.
 
     Args:
         states: Number of evaluation states, at least 1.
-        states_max: Number of states wanted at most; 1,024 by default.
+        states_max: Largest number of indices.
     """
     count = min(states, states_max)
     return torch.arange(count) * states // count

@@ -3,6 +3,8 @@
 The network is f(x) = W2·relu(W1·x/√k)/√n with W1 ∈ R^{n×k}, W2 ∈ R^{m×n}, entries i.i.d. N(0, 1), no
 biases; k is the input's dimension. As n → ∞ its outputs at initialisation are Gaussian with the NNGP kernel K.
 Training moves them along a kernel too: the neural tangent kernel Θ if both layers are trained, K if the readout is.
+
+Functions of a ``cosine`` ρ take it from −1 to 1; values outside (by rounding) count as the nearest end.
 """
 
 from __future__ import annotations
@@ -55,32 +57,17 @@ def _with_sine(cosine: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kappa0(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return κ0(ρ) = (π − arccos ρ)/(2π): the chance that two unit Gaussians of correlation ρ are both positive.
-
-    Args:
-        cosine: Correlation ρ from −1 to 1; values outside (by rounding) count as the nearest end.
-    """
+    """Return κ0(ρ) = (π − arccos ρ)/(2π): the chance that two unit Gaussians of correlation ρ are both positive."""
     return _kappas(*_with_sine(cosine))[0]
 
 
 def kappa1(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return κ1(ρ) = (√(1−ρ²) + (π − arccos ρ)ρ)/(2π): E[relu(u)·relu(v)] of unit Gaussians of correlation ρ.
-
-    Args:
-        cosine: Correlation ρ from −1 to 1; values outside (by rounding) count as the nearest end.
-    """
+    """Return κ1(ρ) = (√(1−ρ²) + (π − arccos ρ)ρ)/(2π): E[relu(u)·relu(v)] of unit Gaussians of correlation ρ."""
     return _kappas(*_with_sine(cosine))[1]
 
 
 def ntk_profile(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return κ1(ρ) + ρ·κ0(ρ), which is kΘ of two unit vectors at cosine ρ.
-
-    Args:
-        cosine: Cosine ρ from −1 to 1; values outside (by rounding) count as the nearest end.
-
-    Returns:
-        The profile; `NTK_DIAGONAL` at 1, `ORTHOGONAL` at 0.
-    """
+    """Return κ1(ρ) + ρ·κ0(ρ), kΘ of two unit vectors at cosine ρ: `NTK_DIAGONAL` at 1, `ORTHOGONAL` at 0."""
     return _profile(*_with_sine(cosine))
 
 
@@ -123,8 +110,7 @@ def ntk(x: Float[Tensor, "left features"], y: Float[Tensor, "right features"]) -
         y: Inputs of the same dimension k, dtype and device.
 
     Returns:
-        The inner products of the network's gradients in all weights, in the inputs' dtype. Costs
-        O(left·right·features) time, O(left·right) memory.
+        The inner products of the network's gradients in all weights, in the inputs' dtype, at the cost of `nngp`.
     """
     scale, cosine, sine = _geometry(x, y)
     return scale * _profile(cosine, sine)
@@ -136,16 +122,14 @@ class TrainingKernel:
 
     Attributes:
         layers: Which layers are trained.
+
+    Raises:
+        OptionError: ``layers`` is none of `LAYERS`.
     """
 
     layers: Layers = "both"
 
     def __post_init__(self) -> None:
-        """Check the word.
-
-        Raises:
-            OptionError: ``layers`` is none of `LAYERS`.
-        """
         check_choice("layers", self.layers, LAYERS)
 
     @property
@@ -155,15 +139,11 @@ class TrainingKernel:
 
     @property
     def gap(self) -> float:
-        """Return d − c: k times the eigenvalue of the kernel on X = I_k, off the all-ones vector."""
+        """Difference d − c: k times the eigenvalue of the kernel on X = I_k, off the all-ones vector."""
         return self.diagonal - ORTHOGONAL
 
     def profile(self, cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return k times the kernel of two unit vectors: a(ρ) = κ1(ρ) + ρκ0(ρ), or κ1(ρ) for the readout.
-
-        Args:
-            cosine: Cosine ρ from −1 to 1; values outside (by rounding) count as the nearest end.
-        """
+        """Return k times the kernel of two unit vectors: a(ρ) = κ1(ρ) + ρκ0(ρ), or κ1(ρ) for the readout."""
         return ntk_profile(cosine) if self.layers == "both" else kappa1(cosine)
 
     def __call__(
@@ -173,19 +153,26 @@ class TrainingKernel:
         return ntk(x, y) if self.layers == "both" else nngp(x, y)
 
     def cholesky(self, inputs: Float64[Tensor, "templates features"]) -> Float64[Tensor, "templates templates"]:
-        """Factor the kernel's matrix on training inputs by Cholesky's method.
+        """Factor the kernel's matrix on training inputs: the lower triangular L with LLᵀ = Θ(X, X), or K(X, X).
 
         Args:
-            inputs: X, one training input a row, shape (templates, features).
-
-        Returns:
-            The lower triangular L with LLᵀ = Θ(X, X), or K(X, X); shape (templates, templates), float64.
+            inputs: X, one training input a row.
 
         Raises:
             ValueError: The matrix is singular in double precision: a zero row, or a row parallel to an earlier one
                 (either kernel is homogeneous in the norm, so scaling does not tell inputs apart).
         """
-        return _cholesky(inputs, self(inputs, inputs), "Θ" if self.layers == "both" else "K")
+        kernel = self(inputs, inputs)
+        factor: Tensor
+        factor, failed_at = torch.linalg.cholesky_ex(kernel)
+        # A squared pivot is what the earlier rows leave unexplained of this one; below this share of the
+        # diagonal it is rounding.
+        unexplained = factor.diagonal() ** 2 <= len(inputs) * torch.finfo(kernel.dtype).eps * kernel.diagonal()
+        row = int(failed_at) - 1 if int(failed_at) else int(unexplained.nonzero()[0]) if unexplained.any() else -1
+        if row >= 0:
+            symbol = "Θ" if self.layers == "both" else "K"
+            raise ValueError(f"{symbol}(X, X) of {len(inputs)} inputs is singular: {_why_singular(inputs, row)}")
+        return factor
 
 
 def parallel_rows(inputs: Float[Tensor, "rows features"], sine_max: float) -> tuple[int, int] | None:
@@ -204,18 +191,6 @@ def parallel_rows(inputs: Float[Tensor, "rows features"], sine_max: float) -> tu
         return None
     later, earlier = parallel[0].tolist()
     return earlier, later
-
-
-def _cholesky(inputs: Tensor, kernel: Tensor, symbol: str) -> Tensor:
-    factor: Tensor
-    factor, failed_at = torch.linalg.cholesky_ex(kernel)
-    # A squared pivot is what the earlier rows leave unexplained of this one; below this share of the
-    # diagonal it is rounding.
-    unexplained = factor.diagonal() ** 2 <= len(inputs) * torch.finfo(kernel.dtype).eps * kernel.diagonal()
-    row = int(failed_at) - 1 if int(failed_at) else int(unexplained.nonzero()[0]) if unexplained.any() else -1
-    if row >= 0:
-        raise ValueError(f"{symbol}(X, X) of {len(inputs)} inputs is singular: {_why_singular(inputs, row)}")
-    return factor
 
 
 def _why_singular(inputs: Tensor, row: int) -> str:
@@ -246,11 +221,11 @@ class InverseKernel:
 
     @classmethod
     def for_one_hot(cls, templates: int, layers: Layers = "both") -> InverseKernel:
-        """Make the inverse for X = I_k, in closed form: nothing is factored or stored.
+        """Make the inverse for X = I_k, in closed form (docs/theory.md, equation (17)): nothing is stored.
 
         Args:
             templates: Number of training inputs k, at least 1.
-            layers: Which layers are trained, one of `LAYERS`; "both" by default.
+            layers: Which layers are trained.
 
         Raises:
             ValueError: There is no template.
@@ -269,7 +244,7 @@ class InverseKernel:
 
         Args:
             inputs: Training inputs X, one a row.
-            layers: Which layers are trained, one of `LAYERS`; "both" by default.
+            layers: Which layers are trained.
 
         Raises:
             ValueError: The kernel's matrix is singular (a zero row, parallel rows).

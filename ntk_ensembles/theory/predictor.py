@@ -51,7 +51,7 @@ class Gaussian:
 
 
 class Posterior(NamedTuple):
-    """Mean and covariance of one member's outputs at several inputs: bits are independent, with the same covariance."""
+    """Mean and covariance of one member's outputs at some inputs; bits are independent, with the same covariance."""
 
     mean: Float64[Tensor, "inputs bits"]
     covariance: Float64[Tensor, "inputs inputs"]
@@ -62,7 +62,9 @@ class TemplatePredictor:
 
     A prediction depends on the input only through s (the number of templates that match) and, for each bit j, on C_j
     (the number of these that set it) and F_j (the number of all that set it). The tables over all possible s are made
-    once, in float64, in time proportional to the number of templates.
+    once, in float64, in time proportional to the number of templates. Methods take ``num_matches``, s of each state
+    from 0 to ``len(templates)``, or ``matches``, as from `TemplateSet.matches`: which templates match each state, any
+    subset of them.
 
     Args:
         templates: Templates of the task: X = I_k, Y = their labels.
@@ -110,10 +112,10 @@ class TemplatePredictor:
         self._variance = self._covariance(counts, counts, num_matches).clamp_min(0)
 
     def _covariance(self, left: Tensor, right: Tensor, overlap: Tensor) -> Tensor:
-        """Return cov(x, x') from s = ``left``, s' = ``right`` and |A ∩ B|, elementwise with broadcasting.
+        """Return cov(x, x') from s = ``left``, s' = ``right`` and |A ∩ A'| (docs/theory.md, equations (22) and (23)).
 
-        v(x) is w_m − w_u ("contrast") on the matched templates plus w_u everywhere, and kK(X, x') is
-        κ1(ρ') − c on the matched ones plus c everywhere, so every product of the two is a count.
+        Arguments broadcast. v(x) is w_m − w_u ("contrast") on the matched templates plus w_u ("base") everywhere, and
+        kK(X, x') is κ1(ρ') − c on the matched ones plus c everywhere, so every product of the two is a count.
         """
         contrast, contrast_right = self._contrast[left], self._contrast[right]
         base, base_right = self._unmatched_weight[left], self._unmatched_weight[right]
@@ -138,11 +140,7 @@ class TemplatePredictor:
         return functional.pad(self.templates.labels.to(torch.float64), (0, 0, 0, self.padding))
 
     def encode(self, matches: Bool[Tensor, "states templates"]) -> Float64[Tensor, "states size"]:
-        """Return the networks' inputs, as `TemplateSet.encode`, with zeros for the padding in the last columns.
-
-        Args:
-            matches: Matching templates, as from `TemplateSet.matches`.
-        """
+        """Return the networks' inputs, as `TemplateSet.encode`, with zeros for the padding in the last columns."""
         return functional.pad(self.templates.encode(matches), (0, self.padding))
 
     def weights(
@@ -150,21 +148,13 @@ class TemplatePredictor:
     ) -> tuple[Float64[Tensor, " states"], Float64[Tensor, " states"]]:
         """Return w_m and w_u: what each matching and each other template that sets a bit adds to its mean.
 
-        Args:
-            num_matches: Number of templates s that match each state, 0 to ``len(templates)``.
-
-        Returns:
-            w_m and w_u; both 0 where s = 0.
+        Both are 0 where s = 0.
         """
         unmatched_weight = self._unmatched_weight[num_matches]
         return unmatched_weight + self._contrast[num_matches], unmatched_weight
 
     def variance(self, num_matches: Int[Tensor, " states"]) -> Float64[Tensor, " states"]:
-        """Return the variance of one member's output, the same for every bit; exactly 0 where s is 0 or 1.
-
-        Args:
-            num_matches: Number of templates s that match each state, 0 to ``len(templates)``.
-        """
+        """Return the variance of one member's output, the same for every bit; exactly 0 where s is 0 or 1."""
         return self._variance[num_matches]
 
     def mean(
@@ -176,7 +166,7 @@ class TemplatePredictor:
         """Return w_m·C_j + w_u·(F_j − C_j), the mean output of infinitely many, infinitely wide members.
 
         Args:
-            num_matches: Number of templates s that match each state, 0 to ``len(templates)``.
+            num_matches: Number of matching templates s.
             set_counts: Number C_j of matching templates that set bit j.
             fan_in: Number F_j of all templates that set bit j.
         """
@@ -184,11 +174,7 @@ class TemplatePredictor:
         return matched_weight[:, None] * set_counts + unmatched_weight[:, None] * (fan_in - set_counts)
 
     def predict(self, matches: Bool[Tensor, "states templates"]) -> Gaussian:
-        """Return mean and variance of one member's outputs, float64, for states given by the templates that match them.
-
-        Args:
-            matches: Matching templates, as from `TemplateSet.matches`; any subsets are accepted.
-        """
+        """Return mean and variance of one member's outputs at every state."""
         num_matches = matches.sum(1)
         return Gaussian(
             self.mean(num_matches, self.templates.set_counts(matches), self.fan_in), self.variance(num_matches)
@@ -197,13 +183,8 @@ class TemplatePredictor:
     def covariance(self, matches: Bool[Tensor, "states templates"]) -> Float64[Tensor, "states states"]:
         """Return the covariance of one member's outputs between states, the same for every bit.
 
-        Args:
-            matches: Matching templates, as from `TemplateSet.matches`; any subsets are accepted.
-
-        Returns:
-            cov(x, x') of the module's docstring, symmetric to the bit, with `variance` on its diagonal and
-            zero rows where s is 0 or 1. Costs one product states × templates × states and about ten
-            states × states float64 matrices while it runs.
+        It is symmetric to the bit, with `variance` on its diagonal and zero rows where s is 0 or 1. Costs one product
+        states × templates × states and about ten states × states float64 matrices while it runs.
         """
         hot = matches.to(torch.float64)
         num_matches = matches.sum(1)
@@ -226,27 +207,22 @@ def posterior(
     """Predict mean and covariance after training on any inputs, by Cholesky factorisation.
 
     ``"both"`` is the infinitely wide network of which all weights were trained to convergence
-    (docs/theory.md, equations (16) and (20)). ``"readout"`` is that of which only the Gaussian readout
-    was: with K in place of Θ equation (20) becomes (21),
-
-        mean(x) = K(x, X)K(X, X)⁻¹Y,    cov(x, x') = K(x, x') − K(x, X)K(X, X)⁻¹K(X, x'),
-
-    which is, mean and covariance alike, also the NNGP posterior: Bayesian inference with the untrained
-    network as the prior and noise-free labels. From antisymmetric initialisation the mean is the same
-    for either, and at infinite width the covariance 0.
+    (docs/theory.md, equations (16) and (20)). ``"readout"`` is that of which only the Gaussian readout was
+    (docs/theory.md, equation (21)); this is also the NNGP posterior: Bayesian inference with the untrained network as
+    the prior and noise-free labels. From antisymmetric initialisation the mean is the same for either, and at infinite
+    width the covariance is 0.
 
     Everything is computed in float64. float32 arguments are converted; that does not bring back what
     rounding to float32 took from them.
 
     Args:
-        inputs: X, one training input a row, shape (templates, features); no zero and no parallel rows.
-        labels: Y, the target of each, shape (templates, bits).
-        test_inputs: Where to predict, shape (inputs, features); zero rows are predicted 0 with variance 0.
-        layers: Which layers are trained, one of `LAYERS`; ``"both"`` by default.
+        inputs: X, one training input a row; no zero and no parallel rows.
+        labels: Y, the target of each.
+        test_inputs: Where to predict; zero rows are predicted 0 with variance 0.
+        layers: Which layers are trained.
 
     Returns:
-        The mean, shape (inputs, bits), and the covariance between inputs, shape (inputs, inputs), the
-        same for every bit; both float64. Costs O(k³) time for k training inputs.
+        Mean and covariance, float64. Costs O(k³) time for k training inputs.
 
     Raises:
         OptionError: ``layers`` is none of `LAYERS`.

@@ -1,4 +1,4 @@
-"""Exact execution by the NTK mean, checked on every input of a task or on random programs (docs/theory.md, section 9).
+"""Exact execution by the NTK mean, checked on every input of a task or on random programs (docs/theory.md, section 7).
 
 `validate_task` runs any task, `validate_programs` random programs of the one-instruction computer; both tally how each
 decoder does.
@@ -36,7 +36,7 @@ from ntk_ensembles.templates.matching import (
     unpack,
 )
 from ntk_ensembles.theory.decoding import TIE
-from ntk_ensembles.theory.executor import NTKExecutor, Step, micro_steps_of, rollout
+from ntk_ensembles.theory.executor import NTKExecutor, rollout
 
 _INSTRUCTIONS_FROM_ONE_MEMORY = 64
 """Number of instructions after which a program that has not halted is in a loop, more often than not."""
@@ -53,9 +53,9 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 class StateCodes:
     """A 64-bit code for every state of m bits.
 
-    Up to 64 bits a code is the state itself. Beyond, each further bit flips a random half of the code's bits: two
-    different states that agree in those bits have different codes, and any others have equal ones with a chance of
-    2^-64 over the draw. Among n states a pair is confused with a chance below n²/2^65: 3e-4 for 1e8 states.
+    Up to 64 bits a code is the state itself. Each further bit flips a random half of the code's bits: two different
+    states that agree in all further bits have different codes, any others have equal ones with a chance of 2^-64 over
+    the draw. Among n states a pair is confused with a chance below n²/2^65: 3e-4 for 1e8 states.
 
     Args:
         bits: Number of bits m.
@@ -79,9 +79,9 @@ class StateCodes:
 class DistinctCount:
     """Count of different codes, in bounded memory.
 
-    Codes are kept in one array that is sorted in place. When different ones fill more than half of it, only every
-    second of them, chosen by value, is kept from then on, then every fourth, …: the count is then an estimate
-    with a relative standard error of at most 2/√capacity.
+    Codes are kept in one array that is sorted in place. When different ones fill more than half of it, only half of all
+    codes, chosen by value, are kept from then on, later a quarter, and so on. The count is then an estimate with a
+    relative standard error of at most 2/√capacity.
 
     Args:
         capacity: Largest number of codes kept, of eight bytes each, at least 2; memory is taken as it fills.
@@ -235,15 +235,15 @@ class _CheckedBatch:
 
 
 class _Checker:
-    """The template machine with several decoders beside it: a `Stepper` that tallies where they differ.
+    """The template machine with several decoders beside it: counts where they differ.
 
-    As long as a decoded state equals the template machine's, feeding back the one is feeding back the other, so all
-    decoders share one closed loop; a trajectory on which a decoder was wrong once is its failure.
+    As long as a decoder is right, its state is the template machine's. So the template machine's states are fed back
+    for all decoders, and a trajectory on which a decoder was wrong once is its failure.
 
     Args:
         executors: Decoders, of the same templates.
-        distinct: Counter of the states met, if they are to be counted.
-        until_rest: Check a lane up to its fixed point alone.
+        distinct: Counter of the states met; None if they are not to be counted.
+        until_rest: Whether to check a lane only up to its fixed point.
     """
 
     def __init__(self, executors: Sequence[NTKExecutor], distinct: DistinctCount | None, until_rest: bool) -> None:
@@ -255,20 +255,22 @@ class _Checker:
         self.states_at_once = executors[0].states_at_once
         self.tallies = [Tally() for _ in executors]
         self.micro_steps = 0
-        # Margins go into the tallies, apart for 1-bits and 0-bits of every decoder.
-        self._no_margins = np.array([np.inf])
 
-    def to_batch(self, states: Bool[Tensor, "states bits"]) -> _CheckedBatch:
-        """Return states on bit planes."""
-        return self.batch_of_planes(pack(states), len(states))
-
-    def batch_of_planes(self, planes: UInt64[Planes, "bits columns"], count: int) -> _CheckedBatch:
-        """Return the first ``count`` lanes of planes."""
+    def batch(self, planes: UInt64[Planes, "bits columns"], count: int) -> _CheckedBatch:
+        """Return the first ``count`` lanes of planes as a batch."""
         lanes = np.arange(planes.shape[1] * LANES) < count
         active = from_integers(lanes.astype(np.uint8), 1)[0]
         return _CheckedBatch(planes, active, np.zeros((len(self._executors), len(active)), np.uint64))
 
-    def step(self, batch: _CheckedBatch) -> Step[_CheckedBatch]:
+    def run(self, batch: _CheckedBatch, micro_steps: int) -> _CheckedBatch:
+        """Make micro-steps as long as a lane is checked, and return where they end."""
+        for _ in range(micro_steps):
+            if not batch.active.any():
+                break
+            batch = self._step(batch)
+        return batch
+
+    def _step(self, batch: _CheckedBatch) -> _CheckedBatch:
         """Make one micro-step of the template machine and compare every decoder with it."""
         lanes = to_mask(batch.active)
         self.micro_steps += int(np.count_nonzero(lanes))
@@ -281,40 +283,20 @@ class _Checker:
             self.tallies[row] = self.tallies[row].with_margins(ones[lanes], zeros[lanes])
             failed[row] |= executor.decode_planes(counts)[1] & batch.active
         planes = self._matcher.union(counts)
-        moved = np.bitwise_or.reduce(planes ^ batch.planes, axis=0) & batch.active
-        active = moved if self._until_rest else batch.active
-        agreed = ~np.bitwise_or.reduce(failed, axis=0)
-        return Step(
-            _CheckedBatch(planes, active, failed),
-            np.broadcast_to(self._no_margins, len(lanes)),
-            to_mask(agreed),
-            to_mask(active),
-        )
-
-    def to_states(self, batch: _CheckedBatch) -> Bool[Tensor, "states bits"]:
-        """Return the states of all lanes."""
-        return unpack(batch.planes, batch.planes.shape[1] * LANES)
-
-    def select(self, batch: _CheckedBatch, moved: Bool[NDArray[np.bool_], " states"]) -> None:
-        """Leave all lanes in the batch: `_CheckedBatch.active` tells which are checked."""
-
-    def run(self, batch: _CheckedBatch, micro_steps: int) -> _CheckedBatch:
-        """Run the closed loop and return where it ends."""
-        for _, step in micro_steps_of(self, batch, micro_steps):
-            batch = step.batch
-        return batch
+        moved = np.bitwise_or.reduce(planes ^ batch.planes, axis=0)
+        return _CheckedBatch(planes, batch.active & moved if self._until_rest else batch.active, failed)
 
     def fail(self, failed: Sequence[Int[NDArray[np.intp], " _"]], explain: Callable[[NTKExecutor, int], str]) -> None:
         """Count failures, and explain the first of each decoder.
 
         Args:
-            failed: For each decoder the numbers of what has failed, in ascending order.
-            explain: Function that says how a decoder failed at a number.
+            failed: For each decoder the positions of the inputs or computers that failed, in ascending order.
+            explain: Function that describes how a decoder failed at a position.
         """
-        for row, (executor, numbers) in enumerate(zip(self._executors, failed, strict=True)):
-            if len(numbers):
-                first = self.tallies[row].first_failure or explain(executor, int(numbers[0]))
-                self.tallies[row] += Tally(len(numbers), first)
+        for row, (executor, positions) in enumerate(zip(self._executors, failed, strict=True)):
+            if len(positions):
+                first = self.tallies[row].first_failure or explain(executor, int(positions[0]))
+                self.tallies[row] += Tally(len(positions), first)
 
 
 def validate_task(
@@ -326,8 +308,8 @@ def validate_task(
 ) -> TaskReport:
     """Execute inputs of a task by the NTK mean, and compare every decoded state and every output.
 
-    Each decoded state is compared with the template machine's. At the end, at a fixed point or after the task's
-    micro-steps, the output is compared with the reference.
+    Each decoded state is compared with the template machine's. The output, read at a fixed point or after the task's
+    micro-steps, is compared with the reference.
 
     Args:
         task: Task to validate.
@@ -453,17 +435,17 @@ def _check_groups(
     failed: list[list[NDArray[np.intp]]] = [[] for _ in checker.tallies]
     for limit in [int(limits[0])] if (limits == limits[0]).all() else np.unique(limits).tolist():
         rows = np.flatnonzero(limits == limit)
-        batch = checker.run(checker.batch_of_planes(start(rows), len(rows)), limit)
+        batch = checker.run(checker.batch(start(rows), len(rows)), limit)
         output_wrong = wrong(batch.planes, rows)
         for row, lanes in enumerate(batch.failed):
             failed[row].append(rows[to_mask(lanes)[: len(rows)] | output_wrong])
 
-    def explain(executor: NTKExecutor, number: int) -> str:
-        task_input = inputs[number]
-        at = _wrong_bit(executor, task.templates, task.initial_state(task_input), int(limits[number]))
+    def explain(executor: NTKExecutor, position: int) -> str:
+        task_input = inputs[position]
+        at = _wrong_bit(executor, task.templates, task.initial_state(task_input), int(limits[position]))
         return f"input {task_input}, {at or describe_fault(task, task_input)}"
 
-    checker.fail([np.sort(np.concatenate(numbers)) for numbers in failed], explain)
+    checker.fail([np.sort(np.concatenate(positions)) for positions in failed], explain)
 
 
 def validate_programs(
@@ -495,12 +477,12 @@ def validate_programs(
     ages = [0] * computers
     executed, memories, halted = 0, computers, 0
     while executed < instructions:
-        batch = checker.run(checker.to_batch(task.pack(states)), task.micro_steps_per_instruction)
+        batch = checker.run(checker.batch(pack(task.pack(states)), computers), task.micro_steps_per_instruction)
         next_states = [machine.step(state) for state in states]
         wrong = np.bitwise_or.reduce(batch.planes ^ pack(task.pack(next_states)), axis=0)
         checker.fail(
             [np.flatnonzero(to_mask(lanes | wrong)) for lanes in batch.failed],
-            lambda executor, number: _explain_instruction(task, executor, states[number]),  # noqa: B023
+            lambda executor, computer: _explain_instruction(task, executor, states[computer]),  # noqa: B023
         )
         failed = to_mask(np.bitwise_or.reduce(batch.failed, axis=0) | wrong)
         before = executed

@@ -1,18 +1,17 @@
 """What a decoder is expected to do at a finite width, over all states: an estimate beside `certificate`'s proofs.
 
-Margins are those of infinite width less the bias of the mean, and a score is measured by the variance at that width
+A margin is that of infinite width less the bias of the mean, and a score is the margin over the deviation at this width
 (docs/theory.md, section 10). Over all states with s matching templates, C_j of which set bit j, the bias is bounded by
 the templates that have the most of it. The variance that the width adds hardly depends on the state (it is of order
-1/n, for s = 2 as for s = k), but on the bit: it is taken as the largest seen on evaluation and random states.
-
-Everything rests on an asymptotic expansion: it is an estimate, not a proof.
+1/n, for s = 2 as for s = k), but on the bit: it is taken as the largest seen on evaluation and random states. All this
+rests on an asymptotic expansion: it is an estimate, not a proof.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from ntk_ensembles.tasks import EvaluationSet, Task
-from ntk_ensembles.templates import Bound, MatchBounds
-from ntk_ensembles.theory.certificate import Certificate, members_for_margins, scopes_of
+from ntk_ensembles.templates import MatchBounds
+from ntk_ensembles.theory.certificate import Certificate, members_needed, scopes_of
 from ntk_ensembles.theory.decoding import DECODERS, TIE, Decoder, LimitPrediction, margin_table
-from ntk_ensembles.theory.finite_width import FiniteWidth, Labels, WidthPrediction
+from ntk_ensembles.theory.finite_width import FiniteWidth, Labels, WidthPrediction, rows_at_equal_distances
 from ntk_ensembles.theory.kernels import Layers
 from ntk_ensembles.theory.predictor import TemplatePredictor
 
@@ -44,7 +43,7 @@ def spread_at_width(
     Args:
         finite: Theory of the width.
         matches: Templates that match each state; states that fewer than two match do not count.
-        units: Number of hidden units to draw; 256 by default.
+        units: Number of hidden units to draw, at least 2; 256 by default.
 
     Returns:
         A row for states in which the bit's next value is 0, and one for 1; where none of the states has that value, the
@@ -55,26 +54,8 @@ def spread_at_width(
     variance = finite.variance(matches, generator=torch.Generator().manual_seed(0), units=units).variance
     added = variance - predictor.variance(matches.sum(1))[:, None]
     is_one = predictor.templates.set_counts(matches) > 0
-    rows = [added.masked_fill(is_one != value, -math.inf).amax(0) for value in (False, True)]
-    largest = torch.stack(rows)
+    largest = torch.stack([added.masked_fill(is_one != value, -math.inf).amax(0) for value in (False, True)])
     return largest.where(largest > -math.inf, largest.max())
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """Scores of all s (rows) at one bit and one C_j, and the range of s that is possible there."""
-
-    bit: int
-    set_count: int
-    scores: Float64[Tensor, " s"]
-    low: int
-    high: int
-    exact: bool = False
-
-    @property
-    def worst(self) -> float:
-        """Smallest score in the range."""
-        return float(self.scores[self.low : self.high + 1].min()) if self.low <= self.high else math.inf
 
 
 def score_at_width(
@@ -94,24 +75,30 @@ def score_at_width(
     Raises:
         RuntimeError: The solver failed.
     """
-    most, fewest = bounds.max_matches(), bounds.min_matches()
-    if most is None or fewest is None:
+    most, fewest = bounds.most.bound, bounds.min_matches()
+    if fewest is None:
         return math.inf
-    cells = []
-    for bit, fan_in in enumerate(finite.predictor.fan_in.tolist()):
-        scores = _scores(finite, decoder, most.bound, bit, spread)
-        for set_count in range(min(fan_in, most.bound) + 1):
-            high = min(most.bound, bounds.max_matches_estimate(bit, set_count))
-            cells.append(_Cells(bit, set_count, scores[:, set_count], fewest.bound, high))
+    low, fan_ins = fewest.bound, finite.predictor.fan_in.tolist()
+    scores = [_scores(finite, decoder, most, bit, spread) for bit in range(len(fan_ins))]
+
+    def lowest(bit: int, set_count: int, high: int) -> float:
+        possible = scores[bit][low : high + 1, set_count]
+        return float(possible.min()) if len(possible) else math.inf
+
+    # The lowest score of each (bit, C_j), and whether the largest s there is exact.
+    heap = [
+        (lowest(bit, c, min(most, bounds.max_matches_estimate(bit, c))), bit, c, False)
+        for bit, fan_in in enumerate(fan_ins)
+        for c in range(min(fan_in, most) + 1)
+    ]
+    heapq.heapify(heap)
     while True:
-        # The worst one's range is made exact, until that does not change it.
-        position = min(range(len(cells)), key=lambda at: cells[at].worst)
-        worst = cells[position]
-        if worst.exact or worst.worst in (0.0, math.inf):
-            return worst.worst
-        bound: Bound | None = bounds.max_matches(worst.bit, worst.set_count)
+        score, bit, set_count, exact = heap[0]
+        if exact or score in (0.0, math.inf):
+            return score
+        bound = bounds.max_matches(bit, set_count)
         high = -1 if bound is None else bound.bound
-        cells[position] = _Cells(worst.bit, worst.set_count, worst.scores, worst.low, high, exact=True)
+        heapq.heapreplace(heap, (lowest(bit, set_count, high), bit, set_count, True))
 
 
 def _scores(
@@ -124,16 +111,16 @@ def _scores(
     fan_in = predictor.fan_in[bit].expand(len(counts))
     margins = margin_table(predictor, decoder, most, counts, fan_in).margins
     num_matches = torch.arange(most + 1)
-    sets = predictor.templates.labels[:, bit].bool()
+    sets = predictor.templates.labels[:, bit]
     # A 1-bit is lowered by the templates with the least bias, a 0-bit raised by those with the most.
     moved = finite.moved[:templates, bit]
-    on, off = predictor.weights(num_matches)
-    constant = off * finite.moved[:, bit].sum()
+    w_m, w_u = predictor.weights(num_matches)
+    constant = w_u * finite.moved[:, bit].sum()
     setters, others = _cumulated(moved[sets].sort().values), _cumulated(moved[~sets].sort().values)
     highest = _cumulated(moved[~sets].sort(descending=True).values)
     unset = (num_matches[:, None] - counts).clamp(0, len(others) - 1)
-    lowest = (on - off)[:, None] * (setters[counts] + others[unset]) + constant[:, None]
-    raised = (on - off) * highest[num_matches.clamp_max(len(highest) - 1)] + constant
+    lowest = (w_m - w_u)[:, None] * (setters[counts] + others[unset]) + constant[:, None]
+    raised = (w_m - w_u) * highest[num_matches.clamp_max(len(highest) - 1)] + constant
     change = torch.where(counts > 0, lowest, -raised[:, None])
     # A template alone is a training point.
     trained = finite.trained[:templates, bit]
@@ -173,8 +160,8 @@ def certify_width(
         task: Task to certify.
         width: n, the hidden units of each member, at least 1.
         antisymmetric: Whether members start at exactly 0; False by default.
-        labels: What members are trained on; one of `LABELS`.
-        layers: Which layers are trained; one of `LAYERS`.
+        labels: What members are trained on.
+        layers: Which layers are trained.
         padding: Number of padding templates, as in `TemplatePredictor`.
         decoders: Decoders to certify.
         delta: Chance δ of any wrong bit that the members needed must stay below, between 0 and 1.
@@ -198,20 +185,13 @@ def certify_width(
     for decoder in decoders:
         certificates = {}
         for name, bounds in scopes.items():
-            most = bounds.max_matches()
-            assert most is not None
             score = score_at_width(finite, bounds, decoder, spread)
-            certificates[name] = Certificate(decoder, most, None, None, False, score, task.layout.bits)
+            certificates[name] = Certificate(decoder, bounds.most, None, None, False, score, task.layout.bits)
         rows[decoder] = {
             "score": {
                 name: found.score if math.isfinite(found.score) else None for name, found in certificates.items()
             },
-            "members": {
-                "one_state": certificates["all_states"].members(delta),
-                "one_reachable_state": certificates["reachable"].members(delta),
-                "evaluation_states": members_for_margins(prediction.margins[decoder], prediction.variance, delta),
-                "all_states": certificates["all_states"].members(delta, task.layout.bits * math.log(2)),
-            },
+            "members": members_needed(certificates, prediction, delta),
         }
     return {
         "width": width,
@@ -235,9 +215,5 @@ def states_of_all_densities(task: Task[Any, Any], evaluation: EvaluationSet) -> 
     generator = torch.Generator().manual_seed(0)
     density = torch.rand(_RANDOM_STATES, 1, generator=generator)
     states = torch.rand(_RANDOM_STATES, task.layout.bits, generator=generator) < density
-    some = evaluation.matches[
-        torch.arange(min(len(evaluation), 4 * _RANDOM_STATES))
-        * len(evaluation)
-        // min(len(evaluation), 4 * _RANDOM_STATES)
-    ]
-    return torch.cat([some, task.templates.matches(states)])
+    seen = evaluation.matches[rows_at_equal_distances(len(evaluation), 4 * _RANDOM_STATES)]
+    return torch.cat([seen, task.templates.matches(states)])

@@ -16,6 +16,7 @@ from ntk_ensembles.theory import (
     LAYERS,
     TIE,
     Layers,
+    LimitPrediction,
     TemplatePredictor,
     certify,
     decode,
@@ -139,7 +140,7 @@ def test_members_needed_hold_in_drawn_ensembles() -> None:
     evaluation = EvaluationSet.sample(task, 60, 0)
     predictor = TemplatePredictor(task.templates)
     delta, draws = 0.05, 20_000
-    members = members_for_states(predictor, "midpoint", evaluation.matches, evaluation.next_states, delta)
+    members = members_for_states(LimitPrediction(task, evaluation, predictor), "midpoint", delta)
     assert members is not None
     covariance = predictor.covariance(evaluation.matches)
     root = torch.linalg.cholesky(covariance + 1e-12 * torch.eye(len(covariance), dtype=covariance.dtype))
@@ -168,7 +169,7 @@ def test_no_number_of_members_helps_where_the_sign_rule_ties() -> None:
     assert certificate.exact
     assert certificate.tie
     assert certificate.members(0.5) is None
-    assert members_for_states(predictor, "sign", evaluation.matches, evaluation.next_states, 0.5) is None
+    assert members_for_states(LimitPrediction(task, evaluation, predictor), "sign", 0.5) is None
 
 
 def test_a_set_that_the_solver_stumbles_over() -> None:

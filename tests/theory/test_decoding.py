@@ -287,6 +287,7 @@ def test_band_of_many_states_draws_a_subset() -> None:
             "midpoint",
             [2],
             generator=torch.Generator().manual_seed(1),
+            draws=200,
             states_max=states_max,
         )
         for states_max in (400, 200)

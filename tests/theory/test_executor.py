@@ -196,7 +196,7 @@ def test_a_large_machine() -> None:
         assert run.agreed.all()
         assert [task.result(state) for state in run.states] == [machine.run(state, 2)[0] for state in states[:count]]
     # The dense k × m matrices, 100 MB and more here, are not made.
-    assert not {"labels", "_conditions"} & set(vars(task.templates))
+    assert not {"labels", "conditions"} & set(vars(task.templates))
 
 
 def test_no_states_and_no_micro_steps() -> None:

@@ -202,8 +202,7 @@ def test_members_for_states_are_the_fewest(bits: int, delta: float) -> None:
     """Counted up from one, where the package searches by halves."""
     task = Addition(bits)
     limit = LimitPrediction(task, EvaluationSet.sample(task, 50, 0))
-    evaluation = limit.evaluation
-    found = members_for_states(limit.predictor, "midpoint", evaluation.matches, evaluation.next_states, delta)
+    found = members_for_states(limit, "midpoint", delta)
     assert found == next(n for n in itertools.count(1) if failures_of(limit, "midpoint", n) <= delta)
 
 
