@@ -228,7 +228,7 @@ def _roll_chunk(
     stepper: Stepper[Any], states: Bool[Tensor, "states bits"], micro_steps: int, trace: bool, stop: Stop | None
 ) -> Rollout:
     margins, agreed = np.full(len(states), np.inf), np.ones(len(states), np.bool_)
-    finals = np.empty(states.shape, np.bool_)
+    finals: NDArray[np.bool_] | None = None
     steps: list[Step[Any]] = []
     # States that are still in the batch: all, until those at rest are taken out.
     rows: NDArray[np.intp] | slice = slice(None)
@@ -248,12 +248,16 @@ def _roll_chunk(
                 break
             moving = stepper.select(batch, step.moved)
             if moving is not None:
+                finals = np.empty(states.shape, np.bool_) if finals is None else finals
                 finals[rows] = stepper.to_states(batch).numpy()
                 rows = np.arange(len(states))[rows][step.moved]
                 batch = moving
-    finals[rows] = stepper.to_states(batch).numpy()
+    last = stepper.to_states(batch)
+    if finals is not None:
+        finals[rows] = last.numpy()
+        last = torch.from_numpy(finals)
     return Rollout(
-        torch.from_numpy(finals),
+        last,
         torch.from_numpy(margins),
         torch.from_numpy(agreed),
         _joined(stepper, states, steps) if trace else None,
