@@ -25,6 +25,7 @@ from rich.console import Console
 import ntk_ensembles
 from ntk_ensembles.cli.main import suggestion
 from ntk_ensembles.console import console
+from ntk_ensembles.ensemble.network import SEED_MAX
 from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.files import read_options
 from ntk_ensembles.runs import Experiment, RecordedTask
@@ -318,7 +319,7 @@ class EvaluationOptions:
             OptionError: An option is outside its range.
         """
         check_range("evaluation_states", self.evaluation_states, 1, 1_000_000)
-        check_range("evaluation_seed", self.evaluation_seed, 0, (1 << 63) - 1)
+        check_range("evaluation_seed", self.evaluation_seed, 0, SEED_MAX)
 
 
 @dataclass(frozen=True)
@@ -361,11 +362,6 @@ class OutputOptions:
 
     json: bool = False
     """Print one JSON object instead of text."""
-
-    @property
-    def messages(self) -> Console:
-        """Console for messages; with ``--json``, standard output carries the JSON object alone."""
-        return console(stderr=self.json)
 
     def show(self, results: Mapping[str, Any], as_text: Callable[[Console], None]) -> None:
         """Print results to standard output in the form that was asked for.

@@ -7,9 +7,9 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -22,27 +22,30 @@ from ntk_ensembles.computer import (
     ProgramResult,
     cells_for,
     find_program,
-    library_programs,
     load_program,
+    program_names,
 )
-from ntk_ensembles.computer.display import Watch, memory_table
+from ntk_ensembles.computer.display import (
+    DPI,
+    Watch,
+    memory_table,
+    trace_figure,
+    write_trace,
+    write_trace_events,
+)
 from ntk_ensembles.console import Progress, console
 from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.files import write_atomically
+from ntk_ensembles.runs import Ensemble, Run, converged_members
 from ntk_ensembles.tasks import SBN, Branch, Machine, Program, load_task_class
+from ntk_ensembles.tasks.machine import CELLS_MAX, CELLS_MIN
 from ntk_ensembles.theory import NTKExecutor, Stepper
-
-if TYPE_CHECKING:
-    from ntk_ensembles.runs import Run
 
 _DESCRIPTION = (
     "Execute programs of the one-instruction computer, micro-step by micro-step, on the NTK limit or on a trained "
     "ensemble, and compare every bit with the interpreter. The quickest look: gcd --watch. Exit status 0 if every "
     "program has halted without a wrong bit, 1 if not, 2 for bad input."
 )
-_WORD_BITS = 8
-_BRANCH: Branch = "negative"
-_CELLS_MIN, _CELLS_MAX = 4, 256
 _INSTRUCTIONS_MAX = 1_000_000_000
 _SECONDS_BETWEEN_UPDATES = 0.2
 
@@ -162,8 +165,7 @@ def run_command(arguments: list[str], prog: str) -> int:
 
 
 def _parser(prog: str) -> Parser:
-    names = ", ".join(sorted({program.name for program in library_programs()}))
-    parser = Parser(prog, _DESCRIPTION, epilog=f"Programs of the library: {names}.")
+    parser = Parser(prog, _DESCRIPTION, epilog=f"Programs of the library: {', '.join(program_names())}.")
     parser.add_argument(
         "program",
         nargs="*",
@@ -199,11 +201,10 @@ def _machine(options: ExecutionOptions, run: Run | None, cells: int) -> SBN:
     """Return the run's machine, or the one that was asked for, by default with as many cells as are needed."""
     if run is not None:
         return _trained_machine(options, run)
-    if options.cells is not None:
-        cells = options.cells
-    elif cells > _CELLS_MAX:
-        raise ValueError(f"the program needs {cells} cells; a machine has at most {_CELLS_MAX}")
-    return SBN(cells, _WORD_BITS if options.word_bits is None else options.word_bits, options.branch or _BRANCH)
+    if options.cells is None and cells > CELLS_MAX:
+        raise ValueError(f"the program needs {cells} cells; a machine has at most {CELLS_MAX}")
+    asked = {name: getattr(options, name) for name in ("cells", "word_bits", "branch")}
+    return SBN(**{"cells": cells} | {name: value for name, value in asked.items() if value is not None})
 
 
 def _trained_machine(options: ExecutionOptions, run: Run) -> SBN:
@@ -220,9 +221,6 @@ def _trained_machine(options: ExecutionOptions, run: Run) -> SBN:
 
 
 def _open_run(options: ExecutionOptions) -> Run:
-    # Imported here, with Lightning, which the other backends need not wait for.
-    from ntk_ensembles.runs import Run
-
     try:
         return Run.open(options.backend, None if options.task is None else load_task_class(options.task))
     except ValueError as error:
@@ -234,8 +232,7 @@ def _load(name: str, branch: Branch, word_bits: int, cells: int | None = None) -
     try:
         return load_program(name, branch=branch, cells=cells, word_bits=word_bits)
     except ValueError as error:
-        names = {program.name for program in library_programs()}
-        hint = "" if name in names or Path(name).exists() else suggestion(name, names)
+        hint = "" if name in program_names() or Path(name).exists() else suggestion(name, program_names())
         raise ValueError(f"{error}{hint}") from error
 
 
@@ -245,8 +242,6 @@ def _open_backend(options: ExecutionOptions, task: SBN, run: Run | None) -> _Bac
     if run is None:
         size = f"{len(task.templates):,} templates, {task.layout.bits:,} bits"
         return _Backend(NTKExecutor(task.templates), f"the NTK limit ({size})")
-    from ntk_ensembles.runs import Ensemble, converged_members
-
     try:
         members = converged_members(run, options.members)
         total = len(members)
@@ -262,7 +257,7 @@ def _load_programs(
     options: ExecutionOptions, names: Sequence[str], settings: Sequence[str], run: Run | None
 ) -> tuple[SBN, list[_Job]]:
     """Load programs of the library and of files, and choose a machine for them."""
-    task = _machine(options, run, _CELLS_MIN)
+    task = _machine(options, run, CELLS_MIN)
     if options.cells is None and run is None:
         loaded = [_load(name, task.branch, task.word_bits) for name in names]
         task = _machine(options, run, max(assembly.cells for assembly in loaded))
@@ -281,16 +276,12 @@ def _load_programs(
 def _put(settings: Sequence[str], assembly: Assembly, memory: Sequence[int], machine: Machine) -> tuple[int, ...]:
     """Return the memory after every ``--set``."""
     words = list(memory)
-    low, high = -(1 << (machine.word_bits - 1)), (1 << machine.word_bits) - 1
     for setting in settings:
         place, _, value = setting.partition("=")
         if not re.fullmatch(r"[+-]?[0-9]{1,9}", value):
             raise ValueError(f"--set {setting}: expected LABEL=VALUE with a decimal integer")
-        if not low <= int(value) <= high:
-            raise ValueError(
-                f"--set {setting}: does not fit words of {machine.word_bits} bits: expected {low} to {high}"
-            )
         try:
+            machine.check_word(int(value))
             words[assembly.address(place)] = machine.wrap(int(value))
         except ValueError as error:
             raise ValueError(f"--set {setting}: {error}") from None
@@ -340,7 +331,7 @@ def _parse_line(text: str, max_instructions: int) -> tuple[list[int], int, int]:
     memory = line["memory"]
     if not isinstance(memory, list) or not memory or not all(type(value) is int for value in memory):
         raise ValueError("memory: expected a list of integers, at least one")
-    limits = {"pc": (0, 0, _CELLS_MAX - 1), "max_instructions": (max_instructions, 0, _INSTRUCTIONS_MAX)}
+    limits = {"pc": (0, 0, CELLS_MAX - 1), "max_instructions": (max_instructions, 0, _INSTRUCTIONS_MAX)}
     for name, (default, low, high) in limits.items():
         value = line.setdefault(name, default)
         if type(value) is not int or not low <= value <= high:
@@ -349,16 +340,8 @@ def _parse_line(text: str, max_instructions: int) -> tuple[list[int], int, int]:
 
 
 def _record(execution: ProgramResult) -> dict[str, Any]:
-    return {
-        "memory": list(execution.state.memory),
-        "pc": execution.state.pc,
-        "halted": execution.state.halted,
-        "instructions": execution.instructions,
-        "micro_steps": execution.micro_steps,
-        "agreed": execution.agreed,
-        "smallest_margin": execution.smallest_margin,
-        "seconds": execution.seconds,
-    }
+    record = asdict(execution)
+    return {**record.pop("state"), **record}
 
 
 def _advance(batch: ProgramBatch, limit: int) -> None:
@@ -423,9 +406,6 @@ def _run_one(task: SBN, backend: _Backend, job: _Job, options: ExecutionOptions)
 
 
 def _keep_history(batch: ProgramBatch, job: _Job, options: ExecutionOptions, title: str) -> None:
-    # Matplotlib and TensorBoard take a second to import.
-    from ntk_ensembles.computer.display import DPI, trace_figure, write_trace, write_trace_events
-
     task, history, labels = batch.task, batch.trace(0), job.assembly.labels
     if options.trace is not None:
         write_trace(Path(options.trace), task, history, labels)
@@ -458,7 +438,7 @@ def _report(execution: ProgramResult, job: _Job, task: SBN, title: str, shown: C
 def _results(job: _Job, task: SBN, memory: Sequence[int]) -> Iterator[str]:
     """Yield the results that a library program declares, or the labelled words that another one has changed."""
     labels = job.assembly.labels
-    if job.program.label in {program.name for program in library_programs()}:
+    if job.program.label in program_names():
         for field in find_program(job.program.label, task.branch).results:
             start = labels[field.label]
             values = " ".join(str(word) for word in memory[start : start + field.count])

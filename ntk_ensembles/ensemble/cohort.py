@@ -162,7 +162,7 @@ def choose_cohort(
     if wanted is not None:
         check_range("cohort", wanted, 1, fit)
         return min(wanted, members)
-    budget = int(free * _MEMORY_SHARE.get(device.type, 0.25))
+    budget = int(free * _MEMORY_SHARE[device.type])
     workers = 1
     if device.type == "cpu":
         budget, workers = min(budget, _MEMORY_CAP_CPU), max(1, cpu_workers() // sharing)

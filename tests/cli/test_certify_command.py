@@ -9,7 +9,7 @@ import pytest
 
 from ntk_ensembles.cli.main import main
 from ntk_ensembles.cli.train import train_command
-from ntk_ensembles.tasks import load_task_class
+from ntk_ensembles.tasks import Addition, EvaluationSet, load_task_class
 from ntk_ensembles.theory import certify_width
 
 ROOT = Path(__file__).parents[2]
@@ -84,9 +84,9 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_width_is_estimated_beside_the_proofs(capsys: pytest.CaptureFixture[str]) -> None:
     addition = ["--task", "addition", "--bits", "3"]
     found = certificate(capsys, *addition, "--width", "400", "--init", "antisymmetric", "--labels", "corrected")
-    expected = certify_width(
-        load_task_class("addition")(bits=3), 400, antisymmetric=True, labels="corrected", evaluation_states=50
-    )
+    task = Addition(bits=3)
+    evaluation = EvaluationSet.sample(task, 50, 0)
+    expected = certify_width(task, 400, antisymmetric=True, labels="corrected", evaluation=evaluation)
     assert found["at_width"] == expected
     assert "at_width" not in certificate(capsys, *addition)
     assert main(["certify", *addition, *SMALL, "--width", "20"]) == 0
