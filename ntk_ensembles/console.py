@@ -162,7 +162,7 @@ class Progress:
             self._bar.update(self._task, completed=completed, done=self._describe(completed), note=note)
         elif time.monotonic() - self._last_line_at >= SECONDS_BETWEEN_LINES:
             self._print_line()
-            # Who has read that it goes on wants to read that it has ended.
+            # Whoever has read that the work goes on will want to read that it has ended.
             self._line_is_due_at_the_end = True
 
     def advance(self, amount: int | float = 1, note: str | None = None) -> None:

@@ -38,11 +38,7 @@ class CertifyOptions(OutputOptions, DecoderOptions, PredictionOptions):
     """Labels that members of --width are trained on."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            OptionError: An option is outside its range.
-        """
+        """Check the options."""
         super().__post_init__()
         check_fraction("delta", self.delta)
         if self.width is not None:

@@ -134,7 +134,7 @@ def load_command(name: str) -> Command:
         name: Key of `COMMANDS`.
     """
     notice = "starting …"
-    # Plain text: the package that draws the other displays has to be imported too.
+    # Plain text: rich, which draws the other displays, takes time to import too.
     shown = sys.stderr.isatty()
     if shown:
         print(notice, end="\r", file=sys.stderr, flush=True)

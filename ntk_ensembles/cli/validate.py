@@ -67,11 +67,7 @@ class ValidateOptions(OutputOptions, DecoderOptions):
     needs to be exact."""
 
     def __post_init__(self) -> None:
-        """Check the options' ranges.
-
-        Raises:
-            OptionError: One is outside its range.
-        """
+        """Check the options."""
         if self.max_bits is not None:
             check_range("max_bits", self.max_bits, 1, 12)
         if self.inputs is not None:
@@ -99,11 +95,7 @@ class RandomPrograms:
     """Instructions to execute at least, from random memories, 1 to 1000000000."""
 
     def __post_init__(self) -> None:
-        """Check the options' ranges.
-
-        Raises:
-            OptionError: One is outside its range.
-        """
+        """Check the options."""
         check_range("instructions", self.instructions, 1, 1_000_000_000)
         self.make_task()
 

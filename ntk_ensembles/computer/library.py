@@ -14,6 +14,7 @@ the program is right only under it.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -119,11 +120,7 @@ def program_names() -> list[str]:
 
 def _parse(file: str, source: str) -> LibraryProgram:
     name, *rule, _ = file.split(".")
-    header = []
-    for line in source.splitlines():
-        if not line.startswith("#"):
-            break
-        header.append(line)
+    header = list(itertools.takewhile(lambda line: line.startswith("#"), source.splitlines()))
     fields: dict[str, list[Field]] = {"input": [], "result": []}
     exact = None
     for line in header:

@@ -169,4 +169,4 @@ def choose_cohort(
     size = min(max(budget // each, 1), max(COHORT_MAX, min(_SMALL_BYTES // each, _SMALL_MAX)))
     # Whole rounds, so that no core waits; but never more than fit.
     size = max(size // workers * workers, min(workers, fit))
-    return int(min(size, members))
+    return min(size, members)

@@ -367,7 +367,7 @@ def _train_cohorts(
             try:
                 results, weights = _train_cohort(run.experiment, cohort, local_rank, advance, extras)
             except (MemoryError, torch.OutOfMemoryError):
-                # What follows comes after the handler, whose exception holds the tensors of the attempt.
+                # Handled below: until this handler ends, the exception holds the tensors of the attempt.
                 pass
             else:
                 run.save(results, weights if run.experiment.keeps_weights else None)
