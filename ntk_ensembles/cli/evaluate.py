@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, Parser, read_integers
-from ntk_ensembles.console import Progress, console
+from ntk_ensembles.console import Progress
 from ntk_ensembles.ensemble.network import one_thread
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import write_atomically
@@ -79,8 +79,7 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
             evaluation = EvaluationSet.sample(experiment.task, options.evaluation_states, options.evaluation_seed)
         limit = LimitPrediction(experiment.task, evaluation, experiment.predictor)
         at_width = experiment.predict_width(limit)
-        # Standard output has the JSON object alone.
-        rows = _rows_elsewhere(run, members, limit, sizes, at_width, console(stderr=options.json))
+        rows = _rows_elsewhere(run, members, limit, sizes, at_width, options.messages)
     if sizes is not None:
         found = {row["members"]: row for row in rows}
         if left := [size for size in sizes if size not in found]:

@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load_command(name: str) -> Command:
-    """Import a command. A terminal says meanwhile that something happens: PyTorch alone takes a second.
+    """Import a command, with a notice in a terminal meanwhile: PyTorch alone takes a second.
 
     Args:
         name: Key of `COMMANDS`.

@@ -223,7 +223,7 @@ def first_look(arguments: Sequence[str]) -> argparse.Namespace:
 
 @contextmanager
 def _users_code(word: str) -> Iterator[None]:
-    """Turn what goes wrong in a class that a user chose, and may have written, into a ValueError."""
+    """Raise ValueError for anything that goes wrong in a task's class, which a user may have written."""
     try:
         yield
     except ValueError as error:
@@ -356,6 +356,11 @@ class OutputOptions:
 
     json: bool = False
     """Print one JSON object instead of text."""
+
+    @property
+    def messages(self) -> Console:
+        """Console for messages; with ``--json``, standard output carries the JSON object alone."""
+        return console(stderr=self.json)
 
     def show(self, results: Mapping[str, Any], as_text: Callable[[Console], None]) -> None:
         """Print results to standard output in the form that was asked for.

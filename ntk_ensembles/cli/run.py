@@ -378,7 +378,7 @@ def _run_one(
     title = f"{program.label} on {backend.description}: {task.cells} cells of {task.word_bits} bits, branch if {rule}"
     batch = ProgramBatch(task, [program], backend.executor, trace=bool(options.records))
     if options.watch:
-        with Watch(console(stderr=options.json), task.machine, labels, title, options.delay) as watch:
+        with Watch(options.messages, task.machine, labels, title, options.delay) as watch:
             while batch.unfinished:
                 before = batch.result(0)
                 batch.advance()

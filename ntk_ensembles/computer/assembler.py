@@ -298,7 +298,7 @@ class _Assembler:
         self._take()
 
     def _take_labels(self) -> SourceSpan | None:
-        """Give the labels that stand here the next word's address; return the last one's span."""
+        """Define the labels that stand here, as the address of the next word; return the span of the last."""
         span = None
         while self._peek().kind == "name" and self._peek(1).kind == ":":
             span = self._take().span
