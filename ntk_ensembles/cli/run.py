@@ -345,7 +345,7 @@ def _advance(batch: ProgramBatch, limit: int) -> None:
         while batch.unfinished:
             batch.advance()
             executed += 1
-            # Counting what has ended takes as long as an instruction of a large batch.
+            # Showing it takes longer than an instruction of the interpreter.
             if time.monotonic() - updated_at >= _SECONDS_BETWEEN_UPDATES:
                 updated_at = time.monotonic()
                 progress.update(executed, f"{len(batch) - len(batch.unfinished)}/{len(batch)} programs ended")
