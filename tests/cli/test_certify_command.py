@@ -1,8 +1,10 @@
 """`ntk-ensembles certify`, and tasks from a user's own file, as a user runs them."""
 
 import json
+import random
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,22 @@ def test_a_width_is_estimated_beside_the_proofs(capsys: pytest.CaptureFixture[st
         assert words in printed
     assert main(["certify", *addition, "--width", "0"]) == 2
     assert "--width 0: expected" in capsys.readouterr().err
+
+
+def test_evaluation_states_are_sampled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    inputs = Addition.inputs
+
+    def counted(task: Addition, generator: random.Random) -> Iterator[tuple[int, int]]:
+        asked.append(1)
+        return inputs(task, generator)
+
+    monkeypatch.setattr(Addition, "inputs", counted)
+    for width in ([], ["--width", "400"]):
+        asked.clear()
+        assert main(["certify", "--task", "addition", "--bits", "3", *SMALL, *width, "--decode", "midpoint"]) == 0
+        # Beside them, the inputs that show in which bits trajectories begin: for their names, and for the bounds.
+        assert len(asked) == 3 + bool(width)
 
 
 def test_a_users_own_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
