@@ -3,9 +3,9 @@
 Implements and extends Back de Luca, Giapitzakis, Fountoulakis, "Learning to Add, Multiply, and Execute
 Algorithmic Instructions Exactly with Neural Networks" (arXiv:2502.16763).
 
-`tasks` give templates, templates are the training set, `theory` gives the mean and variance of what is
-learned, `ensemble` trains members that approach them, `training` makes whole runs through Lightning, `runs` holds runs
-as data and loads them again, `computer` is the one-instruction computer.
+`tasks` have templates, which are the training set; `theory` predicts the mean and variance of what is learned from
+them; `ensemble` trains members that approach the prediction; `training` makes whole runs through Lightning; `runs`
+holds runs as data and loads them again; `computer` has programs for the one-instruction computer.
 """
 
 import importlib
@@ -33,44 +33,34 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_MODULE_OF = {
-    "SBN": "tasks",
-    "TASKS": "tasks",
-    "Addition": "tasks",
-    "Ensemble": "runs",
-    "EnsembleModule": "training",
-    "EvaluationSet": "tasks",
-    "LimitPrediction": "theory",
-    "MLPStack": "ensemble",
-    "Multiplication": "tasks",
-    "Permutation": "tasks",
-    "RunOptions": "runs",
-    "Task": "tasks",
-    "TaskData": "training",
-    "TemplatePredictor": "theory",
-    "TwoLayerMLP": "ensemble",
-    "posterior": "theory",
-    "train": "training",
+_NAMES = {
+    "ensemble": ("MLPStack", "TwoLayerMLP"),
+    "runs": ("Ensemble", "RunOptions"),
+    "tasks": ("SBN", "TASKS", "Addition", "EvaluationSet", "Multiplication", "Permutation", "Task"),
+    "theory": ("LimitPrediction", "TemplatePredictor", "posterior"),
+    "training": ("EnsembleModule", "TaskData", "train"),
 }
-"""Modules of this package by the public name that each is imported for, when it is asked for.
+"""Public names by the folder that each is imported from, when it is asked for.
 
 A type checker reads the imports above instead; a test compares the two.
 """
 
+_FOLDER_OF = {name: folder for folder, names in _NAMES.items() for name in names}
+
 
 def __dir__() -> list[str]:
     """Return the public names, for completion."""
-    return [*_MODULE_OF, "__version__"]
+    return [*_FOLDER_OF, "__version__"]
 
 
 if not TYPE_CHECKING:
     # To a type checker these would hide the names above, and that another name is wrong.
-    __all__ = list(_MODULE_OF)
+    __all__ = list(_FOLDER_OF)
 
     def __getattr__(name: str) -> Any:
-        """Import what a public name needs when it is asked for: Lightning takes seconds that most commands save."""
+        """Import a public name when it is asked for: Lightning takes seconds to import, which most commands save."""
         if name == "__version__":
             return metadata.version("ntk-ensembles")
-        if name in _MODULE_OF:
-            return getattr(importlib.import_module(f"ntk_ensembles.{_MODULE_OF[name]}"), name)
+        if name in _FOLDER_OF:
+            return getattr(importlib.import_module(f"ntk_ensembles.{_FOLDER_OF[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

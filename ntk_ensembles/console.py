@@ -99,7 +99,6 @@ class Progress:
         last_line: Whether a pipe gets a line at the end even if the work took less than 20 seconds.
 
     Attributes:
-        total: Amount of work; may be changed on the way.
         completed: Amount that is done.
     """
 
@@ -113,9 +112,9 @@ class Progress:
         completed: int | float = 0,
         last_line: bool = False,
     ) -> None:
-        self.total = total
         self.completed = completed
         self._label = label
+        self._total = total
         self._note = ""
         self._console = console
         self._describe = self._percentage if describe is None else describe
@@ -160,12 +159,10 @@ class Progress:
         self.completed = completed
         self._note = note
         if self._console.is_terminal:
-            self._bar.update(
-                self._task, completed=completed, total=self.total, done=self._describe(completed), note=note
-            )
+            self._bar.update(self._task, completed=completed, done=self._describe(completed), note=note)
         elif time.monotonic() - self._last_line_at >= SECONDS_BETWEEN_LINES:
             self._print_line()
-            # Who has read that it goes on wants to read that it has ended.
+            # Whoever has read that the work goes on will want to read that it has ended.
             self._line_is_due_at_the_end = True
 
     def advance(self, amount: int | float = 1, note: str | None = None) -> None:
@@ -182,12 +179,11 @@ class Progress:
         elapsed = self._last_line_at - self._started_at
         parts = [f"{self._label} {self._describe(self.completed)}", f"{elapsed:.0f} s"]
         done = self.completed - self._completed_before
-        if self.total is not None and done > 0:
-            left = elapsed / done * max(self.total - self.completed, 0)
-            parts.append(f"{left:.0f} s left")
+        if self._total is not None and done > 0:
+            parts.append(f"{elapsed / done * max(self._total - self.completed, 0):.0f} s left")
         if self._note:
             parts.append(self._note)
         self._console.print(Text(", ".join(parts)), soft_wrap=True)
 
     def _percentage(self, completed: int | float) -> str:
-        return f"{min(completed / self.total, 1):.0%}" if self.total else ""
+        return f"{min(completed / self._total, 1):.0%}" if self._total else ""

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written whole: TensorBoard's own writer has a thread that fails out of reach."""
+"""TensorBoard's event files, written whole: TensorBoard's own writer fails in a thread, where nobody can catch it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class EventFile:
             tag: Name of the picture.
             figure: What it shows.
             global_step: Place of the picture among those of its name.
-            dpi: Pixels of an inch.
+            dpi: Pixels per inch.
         """
         from tensorboard.compat.proto.summary_pb2 import Summary
 

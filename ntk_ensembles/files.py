@@ -56,7 +56,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, follow: boo
 
 
 def _reason(error: Exception) -> str:
-    """Why a file cannot be written, in the system's words."""
+    """Return why a file cannot be read or written, in the system's words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     # What safetensors raises has the number only in its text.

@@ -119,20 +119,10 @@ def test_a_bar_in_a_terminal_that_ends_whatever_happens(clock: Clock) -> None:
     assert shown.file.getvalue().rfind("\x1b[?25h") > shown.file.getvalue().rfind("\x1b[?25l")
 
 
-def test_a_total_may_grow_on_the_way(clock: Clock) -> None:
-    shown = pipe()
-    with Progress("work", 10, shown) as progress:
-        progress.total = 40
-        clock.now += 20
-        progress.update(10)
-    assert lines(shown)[0] == "work 25%, 20 s, 60 s left"
-
-
 @pytest.mark.parametrize(("total", "bars"), [(10, 40), (40, 10)])
 def test_the_bar_is_as_long_as_the_work_that_is_done(total: int, bars: int, clock: Clock) -> None:
     shown = terminal()
-    with Progress("work", 10, shown) as progress:
-        progress.total = total
+    with Progress("work", total, shown) as progress:
         progress.update(10)
     last = [line for line in lines(shown) if "work" in line][-1]
     assert last.count("━") == bars

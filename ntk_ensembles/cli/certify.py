@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import DecoderOptions, OutputOptions, PredictionOptions, parse_task
 from ntk_ensembles.console import console, print_parts
 from ntk_ensembles.ensemble import INITS, Init
-from ntk_ensembles.ensemble.network import WIDTH_MAX
+from ntk_ensembles.ensemble.network import WIDTH_MAX, one_thread
 from ntk_ensembles.errors import check_choice, check_fraction, check_range
 from ntk_ensembles.runs.certificate import describe_certificate
+from ntk_ensembles.tasks import EvaluationSet
 from ntk_ensembles.theory import Labels, certify_task, certify_width, check_labels
 
 _DESCRIPTION = (
@@ -36,11 +38,7 @@ class CertifyOptions(OutputOptions, DecoderOptions, PredictionOptions):
     """Labels that members of --width are trained on."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            OptionError: An option is outside its range.
-        """
+        """Check the options."""
         super().__post_init__()
         check_fraction("delta", self.delta)
         if self.width is not None:
@@ -53,29 +51,18 @@ class CertifyOptions(OutputOptions, DecoderOptions, PredictionOptions):
 def certify_command(arguments: list[str], prog: str) -> int:
     """Print a certificate; the exit status is 0 if a decoder that was asked for is exact for all states, else 1."""
     task, options, _ = parse_task(arguments, prog, _DESCRIPTION, CertifyOptions)
+    shared: dict[str, Any] = {
+        name: getattr(options, name) for name in ("layers", "padding", "decoders", "delta", "evaluation_seed")
+    }
     try:
         with console(stderr=True).status("searching all states for the worst ones …"):
-            certificate = certify_task(
-                task,
-                layers=options.layers,
-                padding=options.padding,
-                decoders=options.decoders,
-                delta=options.delta,
-                evaluation_states=options.evaluation_states,
-                evaluation_seed=options.evaluation_seed,
-            )
+            with one_thread():
+                shared["evaluation"] = EvaluationSet.sample(task, options.evaluation_states, options.evaluation_seed)
+            certificate = certify_task(task, **shared)
             if options.width is not None:
+                antisymmetric = options.init == "antisymmetric"
                 certificate["at_width"] = certify_width(
-                    task,
-                    options.width,
-                    antisymmetric=options.init == "antisymmetric",
-                    labels=options.labels,
-                    layers=options.layers,
-                    padding=options.padding,
-                    decoders=options.decoders,
-                    delta=options.delta,
-                    evaluation_states=options.evaluation_states,
-                    evaluation_seed=options.evaluation_seed,
+                    task, options.width, antisymmetric=antisymmetric, labels=options.labels, **shared
                 )
     except RuntimeError as error:
         raise ValueError(str(error)) from error

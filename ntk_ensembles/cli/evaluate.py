@@ -11,6 +11,7 @@ from rich.console import Console
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, Parser, read_integers
 from ntk_ensembles.console import Progress
+from ntk_ensembles.ensemble.network import one_thread
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import write_atomically
 from ntk_ensembles.runs import (
@@ -74,7 +75,8 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
             assert members.deviations is not None
             rows = convergence_rows(limit, members.deviations[members.converged], sizes, at_width, converged)
     else:
-        evaluation = EvaluationSet.sample(experiment.task, options.evaluation_states, options.evaluation_seed)
+        with one_thread():
+            evaluation = EvaluationSet.sample(experiment.task, options.evaluation_states, options.evaluation_seed)
         limit = LimitPrediction(experiment.task, evaluation, experiment.predictor)
         at_width = experiment.predict_width(limit)
         rows = _rows_elsewhere(run, members, limit, sizes, at_width, options.messages)

@@ -128,13 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load_command(name: str) -> Command:
-    """Import a command. A terminal says meanwhile that something happens: PyTorch alone takes a second.
+    """Import a command, with a notice in a terminal meanwhile: PyTorch alone takes a second.
 
     Args:
         name: Key of `COMMANDS`.
     """
     notice = "starting …"
-    # Plain text: the package that draws the other displays has to be imported too.
+    # Plain text: rich, which draws the other displays, takes time to import too.
     shown = sys.stderr.isatty()
     if shown:
         print(notice, end="\r", file=sys.stderr, flush=True)
@@ -149,15 +149,13 @@ def load_command(name: str) -> Command:
 @command("ntk-ensembles")
 def _overview(arguments: list[str], prog: str) -> int:
     """Answer a command line that begins with no subcommand."""
-    # argparse takes names for shorter by an indent than they are, and puts the help of the longest on a line below.
-    narrow = functools.partial(argparse.HelpFormatter, indent_increment=1)
-    parser = argparse.ArgumentParser(
-        prog=prog, epilog=_EPILOG, allow_abbrev=False, exit_on_error=False, formatter_class=narrow
-    )
+    usage = "%(prog)s [-h] [--version] COMMAND ..."
+    parser = argparse.ArgumentParser(prog=prog, usage=usage, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"%(prog)s {ntk_ensembles.__version__}")
-    subcommands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    commands = parser.add_argument_group("commands")
     for name, text in COMMANDS.items():
-        subcommands.add_parser(name, help=text, add_help=False)
+        # For the help alone. Subparsers are printed further in, with the longest name on a line of its own.
+        commands.add_argument(name, help=text)
     word = arguments[0]
     if word in ("-h", "--help", "--version"):
         parser.parse_args([word])

@@ -1,6 +1,7 @@
 """Command lines from dataclasses and constructors, and the options that several commands have.
 
-Arguments become flags, their docstrings the help.
+Arguments become flags, their docstrings the help. A dataclass of options checks itself when it is made, and raises
+`OptionError` for an option outside its range.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.console import Console
 import ntk_ensembles
 from ntk_ensembles.cli.main import suggestion
 from ntk_ensembles.console import console
+from ntk_ensembles.ensemble.network import SEED_MAX
 from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.files import read_options
 from ntk_ensembles.runs import Experiment, RecordedTask
@@ -32,6 +34,9 @@ from ntk_ensembles.tasks import TASKS, load_task_class
 from ntk_ensembles.theory import DECODERS, LAYERS, PADDING_MAX, Decoder, Layers
 
 OptionsT = TypeVar("OptionsT")
+
+_TASK_WORDS = (*TASKS, "file.py:Class")
+"""What ``--task`` can be, in words for the help and for errors."""
 
 
 class Parser(ArgumentParser):
@@ -113,7 +118,6 @@ def parse_task(
     description: str,
     options: type[OptionsT],
     find: Callable[[str], type[Any]] = load_task_class,
-    names: Sequence[str] = (*TASKS, "file.py:Class"),
     saved: Experiment | None = None,
 ) -> tuple[Any, OptionsT, dict[str, Any]]:
     """Parse a command line whose flags depend on the task that ``--task`` names.
@@ -126,7 +130,6 @@ def parse_task(
         description: Sentences that say what the command does, for ``--help``.
         options: Dataclass of the options that are the same for all tasks.
         find: Function from the word after ``--task`` to a class; raises ValueError where there is none.
-        names: Words to list in the help.
         saved: Experiment of the run to resume, whose task and options are the defaults. A user's own task is then
             executed only if the command line names it again.
 
@@ -143,17 +146,17 @@ def parse_task(
         asked.task = saved.task_spec
     parser = Parser(prog, description)
     parser.add_argument("--config", action="config", help="A YAML file of options by name, such as configs/*.yaml.")
-    parser.add_argument("--task", type=str, metavar=f"{{{','.join(names)}}}", help="Which algorithm.")
+    parser.add_argument("--task", type=str, metavar=f"{{{','.join(_TASK_WORDS)}}}", help="Which algorithm.")
     if asked.task is None and saved is None:
         parser.add_options(options)
         parser.epilog = f"Each task has options of its own: {prog} --task NAME --help shows them."
         parser.parse(asked.information)
-        raise ValueError(f"--task: expected one of {', '.join(names)} (see {prog} --help)")
+        raise ValueError(f"--task: expected one of {', '.join(_TASK_WORDS)} (see {prog} --help)")
     chosen: type[Any] | None = None
     own: Mapping[str, object] = {}
     shared = inspect.signature(options).parameters
     if asked.task is not None:
-        with _users_code(asked.task, names):
+        with _users_code(asked.task):
             chosen = find(asked.task)
             own = inspect.signature(chosen).parameters
             parser.add_options(chosen, **({} if saved is None else saved.task.options))
@@ -169,7 +172,7 @@ def parse_task(
         task = saved.task
     else:
         assert chosen is not None
-        with _users_code(asked.task, names):
+        with _users_code(asked.task):
             task = chosen(**own_values)
     return task, options(**shared_values), {"task": asked.task, **own_values, **shared_values}
 
@@ -219,12 +222,12 @@ def first_look(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 @contextmanager
-def _users_code(word: str, names: Sequence[str]) -> Iterator[None]:
-    """Turn what goes wrong in a class that a user chose, and may have written, into a ValueError."""
+def _users_code(word: str) -> Iterator[None]:
+    """Raise ValueError for anything that goes wrong in a task's class, which a user may have written."""
     try:
         yield
     except ValueError as error:
-        hint = "" if word in names else suggestion(word, names)
+        hint = "" if word in _TASK_WORDS else suggestion(word, _TASK_WORDS)
         if isinstance(error, OptionError):
             raise OptionError(error.argument, error.value, f"{error.expected}{hint}") from error
         raise ValueError(f"{error}{hint}") from error
@@ -312,13 +315,9 @@ class EvaluationOptions:
     """Seed that the evaluation states are drawn from, 0 to 2^63 - 1."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            OptionError: An option is outside its range.
-        """
+        """Check the options."""
         check_range("evaluation_states", self.evaluation_states, 1, 1_000_000)
-        check_range("evaluation_seed", self.evaluation_seed, 0, (1 << 63) - 1)
+        check_range("evaluation_seed", self.evaluation_seed, 0, SEED_MAX)
 
 
 @dataclass(frozen=True)
@@ -332,11 +331,7 @@ class PredictionOptions(EvaluationOptions):
     """Padding templates beside the task's own, 0 to 16777216: they set no bit and match no state."""
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            OptionError: An option is outside its range.
-        """
+        """Check the options."""
         super().__post_init__()
         check_choice("layers", self.layers, LAYERS)
         check_range("padding", self.padding, 0, PADDING_MAX)

@@ -36,11 +36,7 @@ class PlanOptions(OutputOptions, DecoderOptions, PredictionOptions):
     """Plan for all 2^m states rather than for the evaluation states."""
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            OptionError: An option is outside its range.
-        """
+        """Check the options."""
         super().__post_init__()
         check_fraction("exact", self.exact)
 

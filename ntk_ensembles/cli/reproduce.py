@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import Parser, read_integers
-from ntk_ensembles.console import Progress, console
+from ntk_ensembles.console import Progress, TextTable, console, print_parts
 from ntk_ensembles.runs.reproduce import TARGETS, ReproduceOptions, published_passings, reproduce
 
 _DESCRIPTION = (
@@ -53,14 +52,13 @@ def _show(results: dict[str, Any], out: Console) -> None:
     published = published_passings()
     for target in TARGETS:
         title = f"Members at which {100 * target:g}% of inputs are first right: measured (theory at this width)"
-        table = Table(title=title, title_justify="left")
-        for heading in ("k", "published", "sign, readout", "sign, both layers", "midpoint, both layers"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        headings = ("k", "published", "sign, readout", "sign, both layers", "midpoint, both layers")
+        rows = []
         for row in results["rows"]:
             known = published.get(row["bits"], {}).get(target)
             cells = [_cell(way["passings"][f"{target:g}"]) for way in row["ways"]]
-            table.add_row(str(row["bits"]), "-" if known is None else f"{known:,}", *cells)
-        out.print(table)
+            rows.append([str(row["bits"]), "-" if known is None else f"{known:,}", *cells])
+        print_parts([TextTable(title, headings, rows, words=())], out)
 
 
 def _cell(passings: dict[str, Any]) -> str:

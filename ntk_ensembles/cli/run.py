@@ -6,10 +6,10 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -22,27 +22,30 @@ from ntk_ensembles.computer import (
     ProgramResult,
     cells_for,
     find_program,
-    library_programs,
     load_program,
+    program_names,
 )
-from ntk_ensembles.computer.display import Watch, memory_table
+from ntk_ensembles.computer.display import (
+    DPI,
+    Watch,
+    memory_table,
+    trace_figure,
+    write_trace,
+    write_trace_events,
+)
 from ntk_ensembles.console import Progress, console
 from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.files import write_atomically
+from ntk_ensembles.runs import Ensemble, Run, converged_members
 from ntk_ensembles.tasks import SBN, Branch, Machine, Program, load_task_class
+from ntk_ensembles.tasks.machine import CELLS_MAX, CELLS_MIN
 from ntk_ensembles.theory import NTKExecutor, Stepper
-
-if TYPE_CHECKING:
-    from ntk_ensembles.runs import Run
 
 _DESCRIPTION = (
     "Execute programs of the one-instruction computer, micro-step by micro-step, on the NTK limit or on a trained "
     "ensemble, and compare every bit with the interpreter. The quickest look: gcd --watch. Exit status 0 if every "
     "program has halted without a wrong bit, 1 if not, 2 for bad input."
 )
-_WORD_BITS = 8
-_BRANCH: Branch = "negative"
-_CELLS_MIN, _CELLS_MAX = 4, 256
 _INSTRUCTIONS_MAX = 1_000_000_000
 _SECONDS_BETWEEN_UPDATES = 0.2
 
@@ -135,14 +138,6 @@ class _Backend:
     description: str
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Program to execute, with the assembly that it comes from."""
-
-    program: Program
-    assembly: Assembly
-
-
 @command("ntk-ensembles run")
 def run_command(arguments: list[str], prog: str) -> int:
     """Execute programs; the exit status is 0 if all halted without a wrong bit, else 1."""
@@ -151,19 +146,19 @@ def run_command(arguments: list[str], prog: str) -> int:
     options = ExecutionOptions(**values)
     _check_together(options, names, settings)
     run = _open_run(options) if options.trained else None
+    labels: Mapping[str, int] = {}
     if options.batch is None:
-        task, jobs = _load_programs(options, names, settings, run)
+        task, programs, labels = _load_programs(options, names, settings, run)
     else:
-        task, jobs = _load_lines(options, run)
+        task, programs = _load_lines(options, run)
     backend = _open_backend(options, task, run)
-    if options.batch is not None or len(jobs) > 1:
-        return _run_many(task, backend, jobs)
-    return _run_one(task, backend, jobs[0], options)
+    if options.batch is not None or len(programs) > 1:
+        return _run_many(task, backend, programs)
+    return _run_one(task, backend, programs[0], labels, options)
 
 
 def _parser(prog: str) -> Parser:
-    names = ", ".join(sorted({program.name for program in library_programs()}))
-    parser = Parser(prog, _DESCRIPTION, epilog=f"Programs of the library: {names}.")
+    parser = Parser(prog, _DESCRIPTION, epilog=f"Programs of the library: {', '.join(program_names())}.")
     parser.add_argument(
         "program",
         nargs="*",
@@ -199,11 +194,10 @@ def _machine(options: ExecutionOptions, run: Run | None, cells: int) -> SBN:
     """Return the run's machine, or the one that was asked for, by default with as many cells as are needed."""
     if run is not None:
         return _trained_machine(options, run)
-    if options.cells is not None:
-        cells = options.cells
-    elif cells > _CELLS_MAX:
-        raise ValueError(f"the program needs {cells} cells; a machine has at most {_CELLS_MAX}")
-    return SBN(cells, _WORD_BITS if options.word_bits is None else options.word_bits, options.branch or _BRANCH)
+    if options.cells is None and cells > CELLS_MAX:
+        raise ValueError(f"the program needs {cells} cells; a machine has at most {CELLS_MAX}")
+    asked = {name: getattr(options, name) for name in ("cells", "word_bits", "branch")}
+    return SBN(**{"cells": cells} | {name: value for name, value in asked.items() if value is not None})
 
 
 def _trained_machine(options: ExecutionOptions, run: Run) -> SBN:
@@ -220,9 +214,6 @@ def _trained_machine(options: ExecutionOptions, run: Run) -> SBN:
 
 
 def _open_run(options: ExecutionOptions) -> Run:
-    # Imported here, with Lightning, which the other backends need not wait for.
-    from ntk_ensembles.runs import Run
-
     try:
         return Run.open(options.backend, None if options.task is None else load_task_class(options.task))
     except ValueError as error:
@@ -234,8 +225,7 @@ def _load(name: str, branch: Branch, word_bits: int, cells: int | None = None) -
     try:
         return load_program(name, branch=branch, cells=cells, word_bits=word_bits)
     except ValueError as error:
-        names = {program.name for program in library_programs()}
-        hint = "" if name in names or Path(name).exists() else suggestion(name, names)
+        hint = "" if name in program_names() or Path(name).exists() else suggestion(name, program_names())
         raise ValueError(f"{error}{hint}") from error
 
 
@@ -245,8 +235,6 @@ def _open_backend(options: ExecutionOptions, task: SBN, run: Run | None) -> _Bac
     if run is None:
         size = f"{len(task.templates):,} templates, {task.layout.bits:,} bits"
         return _Backend(NTKExecutor(task.templates), f"the NTK limit ({size})")
-    from ntk_ensembles.runs import Ensemble, converged_members
-
     try:
         members = converged_members(run, options.members)
         total = len(members)
@@ -260,44 +248,40 @@ def _open_backend(options: ExecutionOptions, task: SBN, run: Run | None) -> _Bac
 
 def _load_programs(
     options: ExecutionOptions, names: Sequence[str], settings: Sequence[str], run: Run | None
-) -> tuple[SBN, list[_Job]]:
-    """Load programs of the library and of files, and choose a machine for them."""
-    task = _machine(options, run, _CELLS_MIN)
+) -> tuple[SBN, list[Program], Mapping[str, int]]:
+    """Load programs of the library and of files, and choose a machine; return the labels of the first of them too."""
+    task = _machine(options, run, CELLS_MIN)
     if options.cells is None and run is None:
         loaded = [_load(name, task.branch, task.word_bits) for name in names]
         task = _machine(options, run, max(assembly.cells for assembly in loaded))
-    jobs = []
-    for name in names:
-        assembly = _load(name, task.branch, task.word_bits, task.cells)
+    programs = []
+    assemblies = [_load(name, task.branch, task.word_bits, task.cells) for name in names]
+    for name, assembly in zip(names, assemblies, strict=True):
         try:
             state = task.machine.load(assembly.words)
             state = replace(state, memory=_put(settings, assembly, state.memory, task.machine))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        jobs.append(_Job(Program(state, options.max_instructions, name), assembly))
-    return task, jobs
+        programs.append(Program(state, options.max_instructions, name))
+    return task, programs, assemblies[0].labels
 
 
 def _put(settings: Sequence[str], assembly: Assembly, memory: Sequence[int], machine: Machine) -> tuple[int, ...]:
     """Return the memory after every ``--set``."""
     words = list(memory)
-    low, high = -(1 << (machine.word_bits - 1)), (1 << machine.word_bits) - 1
     for setting in settings:
         place, _, value = setting.partition("=")
         if not re.fullmatch(r"[+-]?[0-9]{1,9}", value):
             raise ValueError(f"--set {setting}: expected LABEL=VALUE with a decimal integer")
-        if not low <= int(value) <= high:
-            raise ValueError(
-                f"--set {setting}: does not fit words of {machine.word_bits} bits: expected {low} to {high}"
-            )
         try:
+            machine.check_word(int(value))
             words[assembly.address(place)] = machine.wrap(int(value))
         except ValueError as error:
             raise ValueError(f"--set {setting}: {error}") from None
     return tuple(words)
 
 
-def _load_lines(options: ExecutionOptions, run: Run | None) -> tuple[SBN, list[_Job]]:
+def _load_lines(options: ExecutionOptions, run: Run | None) -> tuple[SBN, list[Program]]:
     """Load the programs of a file of JSON lines, and choose a machine for them."""
     assert options.batch is not None
     try:
@@ -316,17 +300,16 @@ def _load_lines(options: ExecutionOptions, run: Run | None) -> tuple[SBN, list[_
         except ValueError as error:
             raise ValueError(f"{options.batch}:{number}: {error}") from None
     task = _machine(options, run, cells_for(max(len(memory) for _, (memory, _, _) in parsed)))
-    jobs = []
+    programs = []
     for label, (memory, pc, instructions) in parsed:
         try:
-            state = task.machine.load(memory)
+            state = replace(task.machine.load(memory), pc=pc)
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from None
         if pc >= task.cells:
             raise ValueError(f"{label}: pc {pc}: expected an address from 0 to {task.cells - 1}")
-        program = Program(replace(state, pc=pc), instructions, label)
-        jobs.append(_Job(program, Assembly(tuple(memory), {}, (), task.cells)))
-    return task, jobs
+        programs.append(Program(state, instructions, label))
+    return task, programs
 
 
 def _parse_line(text: str, max_instructions: int) -> tuple[list[int], int, int]:
@@ -340,7 +323,7 @@ def _parse_line(text: str, max_instructions: int) -> tuple[list[int], int, int]:
     memory = line["memory"]
     if not isinstance(memory, list) or not memory or not all(type(value) is int for value in memory):
         raise ValueError("memory: expected a list of integers, at least one")
-    limits = {"pc": (0, 0, _CELLS_MAX - 1), "max_instructions": (max_instructions, 0, _INSTRUCTIONS_MAX)}
+    limits = {"pc": (0, 0, CELLS_MAX - 1), "max_instructions": (max_instructions, 0, _INSTRUCTIONS_MAX)}
     for name, (default, low, high) in limits.items():
         value = line.setdefault(name, default)
         if type(value) is not int or not low <= value <= high:
@@ -348,17 +331,9 @@ def _parse_line(text: str, max_instructions: int) -> tuple[list[int], int, int]:
     return memory, line["pc"], line["max_instructions"]
 
 
-def _record(execution: ProgramResult) -> dict[str, Any]:
-    return {
-        "memory": list(execution.state.memory),
-        "pc": execution.state.pc,
-        "halted": execution.state.halted,
-        "instructions": execution.instructions,
-        "micro_steps": execution.micro_steps,
-        "agreed": execution.agreed,
-        "smallest_margin": execution.smallest_margin,
-        "seconds": execution.seconds,
-    }
+def _record(result: ProgramResult) -> dict[str, Any]:
+    record = asdict(result)
+    return {**record.pop("state"), **record}
 
 
 def _advance(batch: ProgramBatch, limit: int) -> None:
@@ -370,101 +345,101 @@ def _advance(batch: ProgramBatch, limit: int) -> None:
         while batch.unfinished:
             batch.advance()
             executed += 1
-            # Counting what has ended takes as long as an instruction of a large batch.
+            # Showing it takes longer than an instruction of the interpreter.
             if time.monotonic() - updated_at >= _SECONDS_BETWEEN_UPDATES:
                 updated_at = time.monotonic()
                 progress.update(executed, f"{len(batch) - len(batch.unfinished)}/{len(batch)} programs ended")
 
 
-def _run_many(task: SBN, backend: _Backend, jobs: Sequence[_Job]) -> int:
+def _run_many(task: SBN, backend: _Backend, programs: Sequence[Program]) -> int:
     """Execute programs side by side; print a JSON line for each, in order, and a summary to standard error."""
     shown = console(stderr=True)
     started_at = time.perf_counter()
-    batch = ProgramBatch(task, [job.program for job in jobs], backend.executor)
-    _advance(batch, max(job.program.instructions for job in jobs))
-    executions = [batch.result(index) for index in range(len(batch))]
-    for execution in executions:
-        print(json.dumps(_record(execution), allow_nan=False))
-    halted = sum(execution.state.halted for execution in executions)
-    summary = f"{len(jobs)} programs on {backend.description}: {halted} halted"
+    batch = ProgramBatch(task, programs, backend.executor)
+    _advance(batch, max(program.instructions for program in programs))
+    results = [batch.result(index) for index in range(len(batch))]
+    for result in results:
+        print(json.dumps(_record(result), allow_nan=False))
+    halted = sum(result.state.halted for result in results)
+    summary = f"{len(programs)} programs on {backend.description}: {halted} halted"
     if backend.executor is not None:
-        summary += f", {sum(bool(execution.agreed) for execution in executions)} without a wrong bit"
-    micro_steps = sum(execution.micro_steps for execution in executions)
+        summary += f", {sum(bool(result.agreed) for result in results)} without a wrong bit"
+    micro_steps = sum(result.micro_steps for result in results)
     elapsed = time.perf_counter() - started_at
     shown.print(Text(f"{summary}; {micro_steps:,} micro-steps in {elapsed:.2f} s"), soft_wrap=True)
-    return 0 if all(execution.succeeded for execution in executions) else 1
+    return 0 if all(result.succeeded for result in results) else 1
 
 
-def _run_one(task: SBN, backend: _Backend, job: _Job, options: ExecutionOptions) -> int:
+def _run_one(
+    task: SBN, backend: _Backend, program: Program, labels: Mapping[str, int], options: ExecutionOptions
+) -> int:
     """Execute one program and show it as it was asked for."""
-    labels, name = job.assembly.labels, job.program.label
     rule = "negative" if task.branch == "negative" else "negative or zero"
-    title = f"{name} on {backend.description}: {task.cells} cells of {task.word_bits} bits, branch if {rule}"
-    batch = ProgramBatch(task, [job.program], backend.executor, trace=bool(options.records))
+    title = f"{program.label} on {backend.description}: {task.cells} cells of {task.word_bits} bits, branch if {rule}"
+    batch = ProgramBatch(task, [program], backend.executor, trace=bool(options.records))
     if options.watch:
-        with Watch(console(stderr=options.json), task.machine, labels, title, options.delay) as watch:
+        with Watch(options.messages, task.machine, labels, title, options.delay) as watch:
             while batch.unfinished:
                 before = batch.result(0)
                 batch.advance()
                 watch.show(before, batch.result(0))
     else:
-        _advance(batch, job.program.instructions)
-    execution = batch.result(0)
+        _advance(batch, program.instructions)
+    result = batch.result(0)
     try:
         if options.records:
-            _keep_history(batch, job, options, title)
+            _write_records(batch, labels, options, title)
     finally:
-        # Whatever becomes of the files.
+        # The results are printed even if a file cannot be written.
         if options.json:
-            print(json.dumps(_record(execution), allow_nan=False))
+            print(json.dumps(_record(result), allow_nan=False))
         else:
-            _report(execution, job, task, title, console())
-    return 0 if execution.succeeded else 1
+            _report(result, program, labels, task, title, console())
+    return 0 if result.succeeded else 1
 
 
-def _keep_history(batch: ProgramBatch, job: _Job, options: ExecutionOptions, title: str) -> None:
-    # Matplotlib and TensorBoard take a second to import.
-    from ntk_ensembles.computer.display import DPI, trace_figure, write_trace, write_trace_events
-
-    task, history, labels = batch.task, batch.trace(0), job.assembly.labels
+def _write_records(batch: ProgramBatch, labels: Mapping[str, int], options: ExecutionOptions, title: str) -> None:
+    """Write the trace of a batch of one program in every form that was asked for."""
+    task, trace = batch.task, batch.trace(0)
     if options.trace is not None:
-        write_trace(Path(options.trace), task, history, labels)
+        write_trace(Path(options.trace), task, trace, labels)
     if options.figure is not None:
-        figure = trace_figure(task, history, labels, title)
+        figure = trace_figure(task, trace, labels, title)
         write_atomically(Path(options.figure), lambda part: figure.savefig(part, dpi=DPI, format="png"))
     if options.tensorboard is not None:
-        write_trace_events(Path(options.tensorboard), task, history, labels, title)
+        write_trace_events(Path(options.tensorboard), task, trace, labels, title)
 
 
-def _report(execution: ProgramResult, job: _Job, task: SBN, title: str, shown: Console) -> None:
+def _report(
+    result: ProgramResult, program: Program, labels: Mapping[str, int], task: SBN, title: str, shown: Console
+) -> None:
     """Print the result of a program for people."""
-    state, start = execution.state, job.program.state.memory
+    state, start = result.state, program.state.memory
     changed = {address: "bold" for address, word in enumerate(state.memory) if word != start[address]}
     ended = f"{'halted' if state.halted else 'not halted; stopped by --max-instructions'} at pc {state.pc}"
-    count = f"{execution.instructions:,} instructions, {execution.micro_steps:,} micro-steps"
-    lines = [*_results(job, task, state.memory), f"{ended} after {count}, {execution.seconds:.2f} s"]
+    count = f"{result.instructions:,} instructions, {result.micro_steps:,} micro-steps"
+    lines = [*_results(program, labels, task, state.memory), f"{ended} after {count}, {result.seconds:.2f} s"]
     shown.print(Text(title, style="bold"), soft_wrap=True)
-    shown.print(memory_table(state.memory, job.assembly.labels, shown.width, changed))
+    shown.print(memory_table(state.memory, labels, shown.width, changed))
     for line in lines:
         shown.print(Text(line), soft_wrap=True)
-    if execution.agreed is None:
+    if result.agreed is None:
         return
-    verdict = "every micro-step agreed" if execution.agreed else "a micro-step did NOT agree"
-    margin = "" if execution.smallest_margin is None else f"; smallest decision margin {execution.smallest_margin:.4f}"
-    style = "green" if execution.agreed else "bold red"
+    verdict = "every micro-step agreed" if result.agreed else "a micro-step did NOT agree"
+    margin = "" if result.smallest_margin is None else f"; smallest decision margin {result.smallest_margin:.4f}"
+    style = "green" if result.agreed else "bold red"
     shown.print(Text(f"{verdict} with the interpreter{margin}", style=style), soft_wrap=True)
 
 
-def _results(job: _Job, task: SBN, memory: Sequence[int]) -> Iterator[str]:
+def _results(program: Program, labels: Mapping[str, int], task: SBN, memory: Sequence[int]) -> Iterator[str]:
     """Yield the results that a library program declares, or the labelled words that another one has changed."""
-    labels = job.assembly.labels
-    if job.program.label in {program.name for program in library_programs()}:
-        for field in find_program(job.program.label, task.branch).results:
+    if program.label in program_names():
+        for field in find_program(program.label, task.branch).results:
             start = labels[field.label]
             values = " ".join(str(word) for word in memory[start : start + field.count])
             yield f"{field.label} = {values} ({field.text})"
         return
-    before = job.program.state.memory
+    before = program.state.memory
     changed = [
         f"{label} = {memory[at]}" for label, at in labels.items() if at < len(memory) and memory[at] != before[at]
     ]

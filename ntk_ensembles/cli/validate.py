@@ -18,6 +18,7 @@ from rich.table import Table
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import DecoderOptions, OutputOptions, parse_task
 from ntk_ensembles.console import Progress, console
+from ntk_ensembles.ensemble.network import SEED_MAX
 from ntk_ensembles.errors import OptionError, check_choice, check_range
 from ntk_ensembles.tasks import SBN, TASKS, Branch, Task, TaskError, load_task_class
 from ntk_ensembles.tasks.base import user_code
@@ -66,16 +67,12 @@ class ValidateOptions(OutputOptions, DecoderOptions):
     needs to be exact."""
 
     def __post_init__(self) -> None:
-        """Check the options' ranges.
-
-        Raises:
-            OptionError: One is outside its range.
-        """
+        """Check the options."""
         if self.max_bits is not None:
             check_range("max_bits", self.max_bits, 1, 12)
         if self.inputs is not None:
             check_range("inputs", self.inputs, 1, 1_000_000_000)
-        check_range("seed", self.seed, 0, (1 << 63) - 1)
+        check_range("seed", self.seed, 0, SEED_MAX)
         check_choice("layers", self.layers, LAYERS)
         if self.padding is not None:
             check_range("padding", self.padding, 0, PADDING_MAX)
@@ -98,11 +95,7 @@ class RandomPrograms:
     """Instructions to execute at least, from random memories, 1 to 1000000000."""
 
     def __post_init__(self) -> None:
-        """Check the options' ranges.
-
-        Raises:
-            OptionError: One is outside its range.
-        """
+        """Check the options."""
         check_range("instructions", self.instructions, 1, 1_000_000_000)
         self.make_task()
 
@@ -212,20 +205,11 @@ class _Checked:
     """Decoders of some templates with the padding that was asked for, or that each needs."""
 
     def __init__(self, templates: TemplateSet, options: ValidateOptions) -> None:
-        self._decoders = options.decoders
-        self._paddings = [self._padding(templates, decoder, options) for decoder in self._decoders]
+        self._paddings = {decoder: _padding(templates, decoder, options) for decoder in options.decoders}
         self.executors = [
             NTKExecutor(templates, decoder, padding=padding, layers=options.layers)
-            for decoder, padding in zip(self._decoders, self._paddings, strict=True)
+            for decoder, padding in self._paddings.items()
         ]
-
-    @staticmethod
-    def _padding(templates: TemplateSet, decoder: Decoder, options: ValidateOptions) -> int:
-        if options.padding is not None:
-            return options.padding
-        if decoder != "sign":
-            return 0
-        return sign_padding(TemplatePredictor(templates, layers=options.layers), MatchBounds(templates))
 
     def as_rows(self, tallies: Sequence[Tally]) -> Row:
         """Return the tallies by decoder, as plain values."""
@@ -239,8 +223,14 @@ class _Checked:
                 "smallest_margin_zeros": _finite(tally.smallest_zero),
                 "ties": tally.ties,
             }
-            for decoder, padding, tally in zip(self._decoders, self._paddings, tallies, strict=True)
+            for (decoder, padding), tally in zip(self._paddings.items(), tallies, strict=True)
         }
+
+
+def _padding(templates: TemplateSet, decoder: Decoder, options: ValidateOptions) -> int:
+    if options.padding is not None or decoder != "sign":
+        return options.padding or 0
+    return sign_padding(TemplatePredictor(templates, layers=options.layers), MatchBounds(templates))
 
 
 def _finite(value: float) -> float | None:

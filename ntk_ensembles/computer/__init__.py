@@ -7,7 +7,13 @@ terminal, as a trace file, and as a figure. The interpreter itself is `ntk_ensem
 
 from ntk_ensembles.computer.assembler import Assembly, AssemblyError, SourceSpan, assemble, cells_for, disassemble
 from ntk_ensembles.computer.batch import ProgramBatch, ProgramResult, execute_programs
-from ntk_ensembles.computer.library import LibraryProgram, find_program, library_programs, load_program
+from ntk_ensembles.computer.library import (
+    LibraryProgram,
+    find_program,
+    library_programs,
+    load_program,
+    program_names,
+)
 
 __all__ = [
     "Assembly",
@@ -19,8 +25,9 @@ __all__ = [
     "assemble",
     "cells_for",
     "disassemble",
+    "execute_programs",
     "find_program",
     "library_programs",
     "load_program",
-    "execute_programs",
+    "program_names",
 ]

@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ntk_ensembles.tasks.machine import CELLS_MIN, Machine
+
 _TOKEN = re.compile(
     r"(?P<space>[ \t\r\f\v,]+)|(?P<comment>#.*)|(?P<number>[0-9]+)|(?P<name>[A-Za-z_][A-Za-z0-9_]*)"
     r"|(?P<sign>[-+?().:;])"
 )
 _ADDRESS = re.compile(r"(?P<number>[0-9]{1,9})|(?P<label>[A-Za-z_][A-Za-z0-9_]*)(?P<offset>[-+][0-9]{1,9})?")
 _DIGITS_MAX = 20
-_CELLS_MIN = 4
 _NOTE_MAX = 200
 """Characters of a source line that is still shown with an error."""
 
@@ -100,7 +101,19 @@ class Assembly:
 
 def cells_for(words: int) -> int:
     """Return the number of cells of the smallest machine that holds ``words``: a power of two, at least 4."""
-    return max(_CELLS_MIN, 1 << (words - 1).bit_length()) if words else _CELLS_MIN
+    return max(CELLS_MIN, 1 << max(words - 1, 0).bit_length())
+
+
+def names_of(labels: Mapping[str, int]) -> dict[int, list[str]]:
+    """Return the labels of each address that has any.
+
+    Args:
+        labels: Addresses by label, as in `Assembly.labels`.
+    """
+    names: dict[int, list[str]] = {}
+    for label, address in labels.items():
+        names.setdefault(address, []).append(label)
+    return names
 
 
 def assemble(text: str, *, cells: int | None = None, word_bits: int = 8, name: str = "<source>") -> Assembly:
@@ -141,13 +154,10 @@ def disassemble(
     cells = cells_for(len(words)) if cells is None else cells
     if len(words) > cells:
         raise ValueError(f"an image of {len(words)} words does not fit {cells} cells")
-    low, high = _bounds("data", cells, word_bits)
+    machine = Machine(word_bits=word_bits)
     for address, value in enumerate(words):
-        if not low <= value <= high:
-            raise ValueError(f"word {value} (cell {address}) does not fit {word_bits} bits: expected {low} to {high}")
-    names: dict[int, list[str]] = {}
-    for label, address in (labels or {}).items():
-        names.setdefault(address, []).append(label)
+        machine.check_word(value, address)
+    names = names_of(labels or {})
     # A label behind the last word names the cell after it.
     definitions = ["".join(f"{label}:" for label in names.get(address, [])) for address in range(len(words) + 1)]
     lines = []
@@ -288,7 +298,7 @@ class _Assembler:
         self._take()
 
     def _take_labels(self) -> SourceSpan | None:
-        """Give the labels that stand here the next word's address; return the last one's span."""
+        """Define the labels that stand here, as the address of the next word; return the span of the last."""
         span = None
         while self._peek().kind == "name" and self._peek(1).kind == ":":
             span = self._take().span

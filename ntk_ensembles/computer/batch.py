@@ -159,16 +159,7 @@ class ProgramBatch:
 def execute_programs(
     task: SBN, programs: Sequence[Program], stepper: Stepper[Any] | None = None
 ) -> list[ProgramResult]:
-    """Run programs until each has halted or reached its limit of instructions.
-
-    Args:
-        task: Computer that the programs are for.
-        programs: Programs to execute, from their states on.
-        stepper: Backend that predicts; None for the interpreter alone.
-
-    Raises:
-        ValueError: A program has a memory of another size.
-    """
+    """Run programs until each has halted or reached its limit of instructions; the arguments are `ProgramBatch`'s."""
     batch = ProgramBatch(task, programs, stepper)
     while batch.unfinished:
         batch.advance()

@@ -20,7 +20,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ntk_ensembles.computer.assembler import names_of
 from ntk_ensembles.computer.batch import ProgramResult
+from ntk_ensembles.events import EventFile
 from ntk_ensembles.files import write_atomically
 from ntk_ensembles.tasks.machine import Machine, MachineState
 from ntk_ensembles.tasks.sbn import PHASES, SBN
@@ -31,14 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABEL_WIDTH, _WORD_WIDTH, _ADDRESS_WIDTH = 11, 6, 4
-
-
-def names_of(labels: Mapping[str, int]) -> dict[int, list[str]]:
-    """Return the labels of each address."""
-    names: dict[int, list[str]] = {}
-    for label, address in labels.items():
-        names.setdefault(address, []).append(label)
-    return names
 
 
 def memory_table(
@@ -262,8 +256,6 @@ def write_trace_events(directory: Path, task: SBN, trace: Trace, labels: Mapping
     Raises:
         SaveError: The events cannot be written.
     """
-    from ntk_ensembles.events import EventFile
-
     writer = EventFile(directory)
     writer.add_figure("execution/state", trace_figure(task, trace, labels, title))
     for number, margin in enumerate(trace.margins.tolist(), start=1):
@@ -326,10 +318,7 @@ def _name_rows(axes: Axes, bands: list[_Band], task: SBN, labels: Mapping[str, i
     shown = {middle: name for name, middle in middles.items() if name not in hidden}
     size = 7 if task.cells <= 32 else 5
     axes.set_yticks(list(shown), list(shown.values()), fontsize=size)
-    of_cell: dict[int, list[str]] = {}
-    for label, address in labels.items():
-        of_cell.setdefault(address, []).append(label)
-    named = {middles[f"cell {cell}"]: ", ".join(names) for cell, names in of_cell.items() if cell < task.cells}
+    named = {middles[f"cell {cell}"]: ", ".join(names) for cell, names in names_of(labels).items() if cell < task.cells}
     beside = axes.twinx()
     beside.set_ylim(axes.get_ylim())
     beside.set_yticks(list(named), list(named.values()), fontsize=size)

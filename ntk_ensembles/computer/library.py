@@ -14,6 +14,7 @@ the program is right only under it.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import get_args
 
 from ntk_ensembles.computer.assembler import Assembly, assemble, cells_for
-from ntk_ensembles.tasks.machine import Branch, parse_image
+from ntk_ensembles.tasks.machine import Branch, Machine, parse_image
 
 _FIELD = re.compile(
     r"#[ ]*(?P<kind>input|result)[ ]+(?P<label>[A-Za-z_][A-Za-z0-9_]*)(\[(?P<count>[0-9]+)\])?:[ ]*(?P<text>.*)"
@@ -61,7 +62,8 @@ def _bound(text: str, word_bits: int) -> int:
         raise ValueError(f"{text!r} is no bound of a range")
     if match["number"]:
         return int(match["number"])
-    value = -(1 << (word_bits - 1)) if match["name"] == "min" else (1 << (word_bits - 1)) - 1
+    low, high = Machine(word_bits=word_bits).word_range
+    value = low if match["name"] == "min" else high
     return value - 1 if match["change"] == "-1" else int(value / 2) if match["change"] else value
 
 
@@ -111,13 +113,14 @@ def library_programs() -> tuple[LibraryProgram, ...]:
     return tuple(_parse(file.name, file.read_text(encoding="utf-8")) for file in files)
 
 
+def program_names() -> list[str]:
+    """Return the names of the library's programs, ascending."""
+    return sorted({program.name for program in library_programs()})
+
+
 def _parse(file: str, source: str) -> LibraryProgram:
     name, *rule, _ = file.split(".")
-    header = []
-    for line in source.splitlines():
-        if not line.startswith("#"):
-            break
-        header.append(line)
+    header = list(itertools.takewhile(lambda line: line.startswith("#"), source.splitlines()))
     fields: dict[str, list[Field]] = {"input": [], "result": []}
     exact = None
     for line in header:
@@ -146,7 +149,7 @@ def find_program(name: str, branch: Branch) -> LibraryProgram:
     """
     named = [program for program in library_programs() if program.name == name]
     if not named:
-        raise ValueError(f"no program {name!r} in the library: expected one of {', '.join(_names())}")
+        raise ValueError(f"no program {name!r} in the library: expected one of {', '.join(program_names())}")
     for program in named:
         if branch in program.branches:
             return program
@@ -172,13 +175,14 @@ def load_program(
         ValueError: There is no such program, the file cannot be read or has no words, or the words do not fit the
             machine (`AssemblyError` in assembly).
     """
-    if program in _names():
+    if program in program_names():
         return find_program(program, branch).assemble(cells=cells, word_bits=word_bits)
     path = Path(program)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ValueError(f"{program}: no such file, and no program of the library ({', '.join(_names())})") from None
+        known = ", ".join(program_names())
+        raise ValueError(f"{program}: no such file, and no program of the library ({known})") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is no text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
         raise ValueError(f"{program}: cannot be read: {reason}") from None
@@ -193,7 +197,3 @@ def load_program(
     if not assembly.words:
         raise ValueError(f"{program}: has no words")
     return assembly
-
-
-def _names() -> list[str]:
-    return sorted({program.name for program in library_programs()})

@@ -1,8 +1,8 @@
 """Finite-width ensembles: the network, stacks of members, and the rule that trains them.
 
-`network` defines the network and a stack of members, `engines` compute steps and predictions, `descent` is the
-training rule, `cohort` says how members of a run are made and how many fit into memory, `workers` share them out
-to CPU cores.
+`network` defines the network and a stack of members, and shares members out to CPU cores; `engines` computes steps and
+predictions, from the matrix products of `products`; `descent` is the training rule; `cohort` says how the members of a
+run are made and how many fit into memory.
 """
 
 from ntk_ensembles.ensemble.cohort import PRECISIONS, Precision, Recipe, choose_cohort, train_members

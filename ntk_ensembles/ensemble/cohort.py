@@ -162,11 +162,11 @@ def choose_cohort(
     if wanted is not None:
         check_range("cohort", wanted, 1, fit)
         return min(wanted, members)
-    budget = int(free * _MEMORY_SHARE.get(device.type, 0.25))
+    budget = int(free * _MEMORY_SHARE[device.type])
     workers = 1
     if device.type == "cpu":
         budget, workers = min(budget, _MEMORY_CAP_CPU), max(1, cpu_workers() // sharing)
     size = min(max(budget // each, 1), max(COHORT_MAX, min(_SMALL_BYTES // each, _SMALL_MAX)))
     # Whole rounds, so that no core waits; but never more than fit.
     size = max(size // workers * workers, min(workers, fit))
-    return int(min(size, members))
+    return min(size, members)

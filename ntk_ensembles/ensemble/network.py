@@ -167,22 +167,14 @@ class MLPStack(nn.Module):
         return self._network(self.hidden[position], self.readout[position])
 
     def initial(self, position: int) -> TwoLayerMLP:
-        """Return one member as it was before training, drawn again from its seed.
-
-        Args:
-            position: Which of this stack's members, 0 to ``len(self) − 1``.
-        """
+        """Return one member as it was before training, drawn again from its seed; ``position`` as for `member`."""
         hidden, readout = torch.empty_like(self.hidden[position]), torch.empty_like(self.readout[position])
         self._draw(self.indices[position], hidden, readout)
         return self._network(hidden, readout)
 
     @torch.no_grad()
     def redraw(self, position: int) -> None:
-        """Set one member back to its initial weights, in place.
-
-        Args:
-            position: Which of this stack's members, 0 to ``len(self) − 1``.
-        """
+        """Set one member back to its initial weights, in place; ``position`` as for `member`."""
         self._draw(self.indices[position], self.hidden[position], self.readout[position])
 
     def _network(self, hidden: Tensor, readout: Tensor) -> TwoLayerMLP:
@@ -272,7 +264,7 @@ def allowed_cores() -> int:
 
 def cpu_workers() -> int:
     """Return how many members are worked on at the same time on a CPU: the cores that this process may use."""
-    return max(1, min(allowed_cores(), torch.get_num_threads()))
+    return min(allowed_cores(), torch.get_num_threads())
 
 
 @contextmanager
@@ -326,9 +318,8 @@ _THREAD = threading.local()
 _POOLS: dict[int, ThreadPoolExecutor] = {}
 """Threads that work on members, by their number. They stay: what libraries hold for a thread is not freed with it."""
 
-if hasattr(os, "register_at_fork"):
-    # The threads are not there in a process that was forked.
-    os.register_at_fork(after_in_child=_POOLS.clear)
+# The threads are not there in a process that was forked.
+os.register_at_fork(after_in_child=_POOLS.clear)
 
 
 def _workers(count: int) -> ThreadPoolExecutor:

@@ -22,7 +22,7 @@ from ntk_ensembles.ensemble import (
     Recipe,
 )
 from ntk_ensembles.ensemble.engines import ENGINES
-from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX
+from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX, one_thread
 from ntk_ensembles.errors import OptionError, check_choice, check_fraction, check_range
 from ntk_ensembles.runs.record import RecordedTask
 from ntk_ensembles.runs.store import fingerprint
@@ -211,7 +211,8 @@ class Experiment:
         """The states that members are evaluated on."""
         if self.recorded is not None:
             return self.recorded
-        return EvaluationSet.sample(self.task, self.options.evaluation_states, self.options.evaluation_seed)
+        with one_thread():
+            return EvaluationSet.sample(self.task, self.options.evaluation_states, self.options.evaluation_seed)
 
     @cached_property
     def predictor(self) -> TemplatePredictor:

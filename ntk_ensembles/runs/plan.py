@@ -12,7 +12,7 @@ import torch
 
 from ntk_ensembles.ensemble import DescentOptions, Init, Recipe, choose_cohort, predict, train_members
 from ntk_ensembles.ensemble.cohort import COHORT_MAX
-from ntk_ensembles.ensemble.network import cpu_workers
+from ntk_ensembles.ensemble.network import cpu_workers, one_thread
 from ntk_ensembles.runs.options import RunOptions, train_command_line
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
 from ntk_ensembles.theory import (
@@ -187,7 +187,8 @@ def plan(
         RuntimeError: The solver failed.
     """
     device = device or torch.device("cpu")
-    evaluation = EvaluationSet.sample(task, evaluation_states, evaluation_seed)
+    with one_thread():
+        evaluation = EvaluationSet.sample(task, evaluation_states, evaluation_seed)
     bounds = scopes_of(task, evaluation_seed)["all_states"] if all_states else None
     sample = states_of_all_densities(task, evaluation)
     found: list[tuple[int, int, Decoder, Labels, Init]] = []

@@ -237,14 +237,12 @@ def _recorded(run: Run, members: MemberResults) -> Mapping[str, Any]:
 def _certify(run: Run, known: dict[str, dict[str, Any] | str]) -> dict[str, Any] | str:
     """Return a run's certificate, or why there is none; what is the same for several runs is computed once."""
     experiment, options = run.experiment, run.experiment.options
-    shared: dict[str, Any] = {
-        name: getattr(options, name) for name in ("layers", "padding", "evaluation_states", "evaluation_seed")
-    }
+    shared: dict[str, Any] = {name: getattr(options, name) for name in ("layers", "padding", "evaluation_seed")}
     same = ("task", "task_options", "templates", "evaluation_digest", "layers", "padding")
     key = json.dumps([run.store.manifest[name] for name in same])
     try:
         if key not in known:
-            known[key] = certify_task(experiment.task, **shared)
+            known[key] = certify_task(experiment.task, evaluation=experiment.evaluation, **shared)
         found = known[key]
         if isinstance(found, str) or experiment.without_finite_width:
             return found
@@ -253,6 +251,7 @@ def _certify(run: Run, known: dict[str, dict[str, Any] | str]) -> dict[str, Any]
             options.width,
             antisymmetric=options.init == "antisymmetric",
             labels=options.labels,
+            evaluation=experiment.evaluation,
             prediction=experiment.at_width,
             **shared,
         )

@@ -384,7 +384,7 @@ def certify_task(
     padding: int = 0,
     decoders: Sequence[Decoder] = DECODERS,
     delta: float = 1e-6,
-    evaluation_states: int = 1000,
+    evaluation: EvaluationSet | None = None,
     evaluation_seed: int = 0,
 ) -> dict[str, Any]:
     """Return what a task's templates promise, as plain values: the object that ``ntk-ensembles certify --json`` prints.
@@ -395,8 +395,8 @@ def certify_task(
         padding: Number of padding templates, as in `TemplatePredictor`.
         decoders: Decoders to certify.
         delta: Chance δ of any wrong bit that the members needed must stay below, between 0 and 1.
-        evaluation_states: Number of evaluation states to sample beside the proofs, at least 1.
-        evaluation_seed: Seed of the evaluation states.
+        evaluation: Evaluation states to count members for beside the proofs; by default 1000 are sampled.
+        evaluation_seed: Seed of the inputs that evaluation states and the bits of starting states come from.
 
     Raises:
         ValueError: An argument is outside its range.
@@ -405,7 +405,8 @@ def certify_task(
     """
     templates = task.templates
     predictor = TemplatePredictor(templates, padding, layers=layers)
-    evaluation = EvaluationSet.sample(task, evaluation_states, evaluation_seed)
+    if evaluation is None:
+        evaluation = EvaluationSet.sample(task, 1000, evaluation_seed)
     seen = evaluation.matches.sum(1)
     start_names = _start_bits(task, evaluation_seed)[1]
     scopes = scopes_of(task, evaluation_seed)

@@ -150,7 +150,7 @@ def certify_width(
     padding: int = 0,
     decoders: Sequence[Decoder] = DECODERS,
     delta: float = 1e-6,
-    evaluation_states: int = 1000,
+    evaluation: EvaluationSet | None = None,
     evaluation_seed: int = 0,
     prediction: WidthPrediction | None = None,
 ) -> dict[str, Any]:
@@ -165,8 +165,8 @@ def certify_width(
         padding: Number of padding templates, as in `TemplatePredictor`.
         decoders: Decoders to certify.
         delta: Chance δ of any wrong bit that the members needed must stay below, between 0 and 1.
-        evaluation_states: Number of evaluation states to sample, at least 1.
-        evaluation_seed: Seed of the evaluation states.
+        evaluation: Evaluation states to count members for; by default 1000 are sampled.
+        evaluation_seed: Seed, as for `certify_task`.
         prediction: What this width predicts of these evaluation states, where that is known already; by default it is
             computed.
 
@@ -176,7 +176,8 @@ def certify_width(
     """
     predictor = TemplatePredictor(task.templates, padding, layers=layers, antisymmetric=antisymmetric)
     finite = FiniteWidth(predictor, width, corrected=labels == "corrected")
-    evaluation = EvaluationSet.sample(task, evaluation_states, evaluation_seed)
+    if evaluation is None:
+        evaluation = EvaluationSet.sample(task, 1000, evaluation_seed)
     if prediction is None:
         prediction = WidthPrediction(LimitPrediction(task, evaluation, predictor), finite)
     scopes = scopes_of(task, evaluation_seed)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.theory import Decoder, LimitPrediction, TemplatePredictor
 
 _STATES_AT_ONCE = 1024
+
+BatchT = TypeVar("BatchT")
 
 
 class EvaluationBatch(TypedDict):
@@ -30,34 +32,6 @@ class EvaluationBatch(TypedDict):
     """Variance of one member of infinite width and Gaussian initialisation."""
     thresholds: dict[Decoder, Float64[Tensor, "states bits"]]
     """Thresholds of each decoder."""
-
-
-class EvaluationStates(Dataset[EvaluationBatch]):
-    """Evaluation states as a data set that gives out whole batches.
-
-    Args:
-        limit: The evaluation states and what infinite width predicts of them.
-    """
-
-    def __init__(self, limit: LimitPrediction) -> None:
-        self._limit = limit
-        # Inputs of the type that networks have by default; predictions stay in double precision.
-        self._inputs = limit.inputs.to(torch.get_default_dtype())
-
-    def __len__(self) -> int:
-        """Return the number of states."""
-        return len(self._inputs)
-
-    def __getitem__(self, rows: Sequence[int]) -> EvaluationBatch:
-        """Return the batch of these states."""
-        limit, rows = self._limit, list(rows)
-        return {
-            "inputs": self._inputs[rows],
-            "next_states": limit.evaluation.next_states[rows],
-            "mean": limit.mean[rows],
-            "variance": limit.variance[rows],
-            "thresholds": {decoder: thresholds[rows] for decoder, thresholds in limit.thresholds.items()},
-        }
 
 
 class TaskData(LightningDataModule):
@@ -80,8 +54,6 @@ class TaskData(LightningDataModule):
     Attributes:
         task: What is learned.
         limit: The evaluation states and what infinite width predicts of them.
-        in_features: k, the number of templates, padding included.
-        out_features: m, the bits of a state.
 
     Raises:
         ValueError: The task's templates contradict its reference, or it has no inputs.
@@ -103,12 +75,12 @@ class TaskData(LightningDataModule):
 
     @property
     def in_features(self) -> int:
-        """Number of templates k, padding included."""
+        """k, the number of templates, padding included."""
         return self.limit.predictor.size
 
     @property
     def out_features(self) -> int:
-        """Bits of a state, m."""
+        """m, the bits of a state."""
         return self.task.layout.bits
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
@@ -117,15 +89,9 @@ class TaskData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[EvaluationBatch]:
         """Return the evaluation states."""
-        return self.predict_dataloader()
-
-    def test_dataloader(self) -> DataLoader[EvaluationBatch]:
-        """Return the evaluation states."""
-        return self.predict_dataloader()
-
-    def predict_dataloader(self) -> DataLoader[EvaluationBatch]:
-        """Return the evaluation states."""
         return evaluation_batches(self.limit)
+
+    test_dataloader = predict_dataloader = val_dataloader
 
 
 def template_batch(
@@ -133,13 +99,33 @@ def template_batch(
 ) -> DataLoader[tuple[Tensor, ...]]:
     """Return the training data of templates, X = I_k and Y, as one batch."""
     dtype = torch.get_default_dtype()
-    data = TensorDataset(torch.eye(len(labels), dtype=dtype), labels.to(dtype))
-    # As the one batch that it is, rather than put together row by row.
-    return DataLoader(data, sampler=[list(range(len(labels)))], batch_size=None)
+    return _loader([(torch.eye(len(labels), dtype=dtype), labels.to(dtype))])
 
 
 def evaluation_batches(limit: LimitPrediction) -> DataLoader[EvaluationBatch]:
-    """Return evaluation states in batches."""
-    states = EvaluationStates(limit)
-    sampler = BatchSampler(SequentialSampler(states), _STATES_AT_ONCE, drop_last=False)
-    return DataLoader(states, sampler=sampler, batch_size=None)
+    """Return evaluation states in batches.
+
+    Args:
+        limit: The evaluation states and what infinite width predicts of them.
+    """
+    # Inputs of the type that networks have by default; predictions stay in double precision.
+    inputs = limit.inputs.to(torch.get_default_dtype())
+    parts = [slice(start, start + _STATES_AT_ONCE) for start in range(0, len(inputs), _STATES_AT_ONCE)]
+    return _loader(
+        [
+            {
+                "inputs": inputs[part],
+                "next_states": limit.evaluation.next_states[part],
+                "mean": limit.mean[part],
+                "variance": limit.variance[part],
+                "thresholds": {decoder: thresholds[part] for decoder, thresholds in limit.thresholds.items()},
+            }
+            for part in parts
+        ]
+    )
+
+
+def _loader(batches: Sequence[BatchT]) -> DataLoader[BatchT]:
+    """Return a loader of batches that are whole already."""
+    # A list is all that a loader needs of a data set; its annotation asks for more.
+    return DataLoader(cast(Dataset[BatchT], batches), batch_size=None)

@@ -206,7 +206,7 @@ def stop_signals() -> Iterator[None]:
 
 
 def share_cores(processes: int) -> None:
-    """Leave this process its share of the machine's cores.
+    """Limit this process to its share of the machine's cores.
 
     Args:
         processes: Number of the run's processes on this machine.

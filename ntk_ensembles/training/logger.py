@@ -55,4 +55,4 @@ class DashboardLogger(Logger):
             self.experiment.add_scalars(values, step or 0)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Leave out a cohort's; the dashboard has the run's."""
+        """Log nothing: the dashboard has the options of the whole run."""

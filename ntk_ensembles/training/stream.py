@@ -367,7 +367,7 @@ def _train_cohorts(
             try:
                 results, weights = _train_cohort(run.experiment, cohort, local_rank, advance, extras)
             except (MemoryError, torch.OutOfMemoryError):
-                # What follows comes after the handler, whose exception holds the tensors of the attempt.
+                # Handled below: until this handler ends, the exception holds the tensors of the attempt.
                 pass
             else:
                 run.save(results, weights if run.experiment.keeps_weights else None)
@@ -512,18 +512,14 @@ def _announce(run: Run, missing: Sequence[int], size: int, processes: int, conso
     options, task = experiment.options, experiment.task
     size = min(size, max(-(-len(missing) // processes), 1))
     weights = _in_words(experiment.weights_bytes)
-    kept = (
-        f"Weights are kept ({weights})."
-        if experiment.keeps_weights
-        else (f"Weights are not kept (they would take {weights}).")
-    )
+    kept = f"kept ({weights})" if experiment.keeps_weights else f"not kept (they would take {weights})"
     text = (
         f"{task!r}: {len(task.templates)} templates, {task.layout.bits} bits. {options.ensemble} members of width "
         f"{options.width} on {experiment.device.type}, {size} at a time"
     )
     if processes > 1:
         text += f" in each of {processes} processes"
-    text += f", evaluated on {len(experiment.evaluation)} states. {kept}"
+    text += f", evaluated on {len(experiment.evaluation)} states. Weights are {kept}."
     if not experiment.keeps_deviations:
         text += " Deviations are kept as sums over groups of members "
         text += f"(of each member they would take {_in_words(experiment.deviations_bytes)})."

@@ -1,15 +1,17 @@
 """`ntk-ensembles certify`, and tasks from a user's own file, as a user runs them."""
 
 import json
+import random
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ntk_ensembles.cli.main import main
 from ntk_ensembles.cli.train import train_command
-from ntk_ensembles.tasks import load_task_class
+from ntk_ensembles.tasks import Addition, EvaluationSet, load_task_class
 from ntk_ensembles.theory import certify_width
 
 ROOT = Path(__file__).parents[2]
@@ -84,9 +86,9 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_width_is_estimated_beside_the_proofs(capsys: pytest.CaptureFixture[str]) -> None:
     addition = ["--task", "addition", "--bits", "3"]
     found = certificate(capsys, *addition, "--width", "400", "--init", "antisymmetric", "--labels", "corrected")
-    expected = certify_width(
-        load_task_class("addition")(bits=3), 400, antisymmetric=True, labels="corrected", evaluation_states=50
-    )
+    task = Addition(bits=3)
+    evaluation = EvaluationSet.sample(task, 50, 0)
+    expected = certify_width(task, 400, antisymmetric=True, labels="corrected", evaluation=evaluation)
     assert found["at_width"] == expected
     assert "at_width" not in certificate(capsys, *addition)
     assert main(["certify", *addition, *SMALL, "--width", "20"]) == 0
@@ -99,6 +101,22 @@ def test_a_width_is_estimated_beside_the_proofs(capsys: pytest.CaptureFixture[st
         assert words in printed
     assert main(["certify", *addition, "--width", "0"]) == 2
     assert "--width 0: expected" in capsys.readouterr().err
+
+
+def test_evaluation_states_are_sampled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    inputs = Addition.inputs
+
+    def counted(task: Addition, generator: random.Random) -> Iterator[tuple[int, int]]:
+        asked.append(1)
+        return inputs(task, generator)
+
+    monkeypatch.setattr(Addition, "inputs", counted)
+    for width in ([], ["--width", "400"]):
+        asked.clear()
+        assert main(["certify", "--task", "addition", "--bits", "3", *SMALL, *width, "--decode", "midpoint"]) == 0
+        # Beside them, the inputs that show in which bits trajectories begin: for their names, and for the bounds.
+        assert len(asked) == 3 + bool(width)
 
 
 def test_a_users_own_task(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,7 +289,7 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no run": (["gcd", "--backend", str(tmp_path)], "--backend"),
         "label": (["gcd", "--set", "z=1"], "gcd: --set z=1: no label 'z': the labels are loop, "),
         "address": (["gcd", "--set", "99=1"], "address 99 is outside the machine's 32 cells"),
-        "value": (["gcd", "--set", "x=300"], "--set x=300: does not fit words of 8 bits: expected -128 to 255"),
+        "value": (["gcd", "--set", "x=300"], "--set x=300: word 300 does not fit 8 bits: expected -128 to 255"),
         "no value": (["gcd", "--set", "x"], "--set x: expected LABEL=VALUE"),
         "delay": (["gcd", "--watch", "--delay", "-1"], "--delay -1.0: expected seconds from 0 to 60"),
         "trace": (["gcd", "--trace", str(tmp_path / "none" / "t")], "expected a file, in a directory that exists"),

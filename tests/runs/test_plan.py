@@ -77,7 +77,7 @@ def test_all_states_are_those_of_the_certificate() -> None:
             labels=choice.labels,
             decoders=["midpoint"],
             delta=0.05,
-            evaluation_states=200,
+            evaluation=EVALUATION,
         )
         # The variance is estimated from half as many units.
         expected = certificate["decoders"]["midpoint"]["members"]["all_states"]

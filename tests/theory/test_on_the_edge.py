@@ -208,13 +208,13 @@ def test_members_for_states_are_the_fewest(bits: int, delta: float) -> None:
 
 def test_every_bit_that_an_input_can_set_is_among_the_bits_of_the_start() -> None:
     """All four bits of a word can be 1 at once, and then all four templates match, whatever is reachable later."""
-    found = certify_task(Permutation(4), decoders=["midpoint"], evaluation_states=10)
+    found = certify_task(Permutation(4), decoders=["midpoint"])
     assert found["num_matches"]["reachable"]["max"] == 4
     assert found["num_matches"]["reachable_from"] == ["x"]
 
 
 @pytest.mark.parametrize("task", [Addition(2), Addition(3), Multiplication(2)], ids=repr)
 def test_no_state_of_a_trajectory_matches_more_than_the_reachable_ones(task: Addition | Multiplication) -> None:
-    found = certify_task(task, decoders=["midpoint"], evaluation_states=10)
+    found = certify_task(task, decoders=["midpoint"])
     most = int(EvaluationSet.sample(task, 10_000, 0).matches.sum(1).max())
     assert most <= found["num_matches"]["reachable"]["max"] <= found["num_matches"]["all_states"]["max"]

@@ -321,7 +321,8 @@ def test_both_engines_train_the_same_readout() -> None:
 
 @pytest.mark.parametrize("antisymmetric", [False, True])
 def test_a_certificate_at_a_width_becomes_that_of_infinite_width(antisymmetric: bool) -> None:
-    settings: dict[str, Any] = {"layers": "readout", "padding": 30, "evaluation_states": 100}
+    evaluation = EvaluationSet.sample(TASK, 100, 0)
+    settings: dict[str, Any] = {"layers": "readout", "padding": 30, "evaluation": evaluation}
     found = certify_width(TASK, 10**10, antisymmetric=antisymmetric, **settings)
     infinite = certify_task(TASK, **settings)
     assert (infinite["layers"], infinite["padding"]) == ("readout", 30)

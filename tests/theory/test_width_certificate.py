@@ -66,8 +66,9 @@ def test_the_score_is_below_that_of_every_state(antisymmetric: bool, corrected: 
 
 @pytest.mark.parametrize("antisymmetric", [False, True])
 def test_it_becomes_the_certificate_of_infinite_width(antisymmetric: bool) -> None:
-    found = certify_width(TASK, 10**10, antisymmetric=antisymmetric, evaluation_states=100)
-    infinite = certify_task(TASK, evaluation_states=100)
+    evaluation = EvaluationSet.sample(TASK, 100, 0)
+    found = certify_width(TASK, 10**10, antisymmetric=antisymmetric, evaluation=evaluation)
+    infinite = certify_task(TASK, evaluation=evaluation)
     for decoder in DECODERS:
         for name, members in infinite["decoders"][decoder]["members"].items():
             here = found["decoders"][decoder]["members"][name]
@@ -78,7 +79,7 @@ def test_the_width_to_trust() -> None:
     finite = theory(7 * SIZE)
     width = finite.trusted_from
     assert theory(width).movement <= 0.6 < theory(width - 1).movement
-    found = certify_width(TASK, width - 1, evaluation_states=20)
+    found = certify_width(TASK, width - 1, evaluation=EvaluationSet.sample(TASK, 20, 0))
     assert (found["trusted"], found["trusted_from"]) == (False, width)
 
 
@@ -110,7 +111,7 @@ def test_trained_ensembles_need_no_more_members(ratio: int, init: str, labels: s
         labels=labels,  # type: ignore[arg-type]
         decoders=["midpoint"],
         delta=delta,
-        evaluation_states=100,
+        evaluation=EvaluationSet.sample(TASK, 100, 0),
     )
     members = found["decoders"]["midpoint"]["members"]["all_states"]
     limits = thresholds("midpoint", finite.predictor, MATCHES.sum(1))

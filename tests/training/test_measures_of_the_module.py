@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,23 +21,13 @@ from ntk_ensembles.errors import OptionError
 from ntk_ensembles.tasks import EvaluationSet
 from ntk_ensembles.training import train
 
+Trainers = Callable[..., L.Trainer]
+
 DATA = TaskData(Addition(2), evaluation_states=30)
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "log_every_n_steps": 1,
-}
 
 
 def module(members: Any = 3, width: int = 48, **changes: Any) -> EnsembleModule:
     return EnsembleModule(DATA.in_features, DATA.out_features, width, members, **changes)
-
-
-def trainer(**changes: Any) -> L.Trainer:
-    return L.Trainer(**{**QUIET, **changes})
 
 
 @pytest.mark.parametrize(
@@ -50,7 +41,9 @@ def trainer(**changes: Any) -> L.Trainer:
         ("ggg", [0, 1, 2]),
     ],
 )
-def test_members_in_any_stage_but_those_given_up_are_averaged_in(stages: str, averaged: list[int]) -> None:
+def test_members_in_any_stage_but_those_given_up_are_averaged_in(
+    stages: str, averaged: list[int], trainer: Trainers
+) -> None:
     ensemble = module()
     for status, stage in zip(ensemble.statuses, stages, strict=True):
         status.running, status.converged = stage == "r", stage == "c"
@@ -62,7 +55,9 @@ def test_members_in_any_stage_but_those_given_up_are_averaged_in(stages: str, av
     assert found["test/predicted_rms_deviation"] == pytest.approx(predicted, rel=1e-5)
 
 
-def test_the_log_has_the_largest_the_middle_and_the_smallest_loss_of_every_step(tmp_path: Path) -> None:
+def test_the_log_has_the_largest_the_middle_and_the_smallest_loss_of_every_step(
+    tmp_path: Path, trainer: Trainers
+) -> None:
     ensemble, logger = module(members=5), CSVLogger(tmp_path)
     trainer(max_epochs=20, logger=logger, limit_val_batches=0).fit(ensemble, DATA)
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
@@ -88,7 +83,7 @@ def test_several_processes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("form", ["states", "tensor", "pair"])
-def test_predictions_of_batches_of_any_form(form: str) -> None:
+def test_predictions_of_batches_of_any_form(form: str, trainer: Trainers) -> None:
     ensemble = module()
     inputs = DATA.limit.inputs.float()
     batches: dict[str, Any] = {

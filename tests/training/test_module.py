@@ -1,6 +1,7 @@
 """The module does what Lightning's manual says, on tasks and on any X and Y."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,16 @@ from ntk_ensembles import Addition, EnsembleModule, TaskData
 from ntk_ensembles.ensemble import predict
 from ntk_ensembles.theory import decode, posterior
 
+Trainers = Callable[..., L.Trainer]
+
 DATA = TaskData(Addition(3), evaluation_states=120)
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "log_every_n_steps": 1,
-}
 
 
 def module(width: int = 512, members: Any = 4, **changes: Any) -> EnsembleModule:
     return EnsembleModule(DATA.in_features, DATA.out_features, width, members, **changes)
 
 
-def trainer(**changes: Any) -> L.Trainer:
-    return L.Trainer(**{**QUIET, **changes})
-
-
-def test_fit_ends_when_every_member_has_converged() -> None:
+def test_fit_ends_when_every_member_has_converged(trainer: Trainers) -> None:
     ensemble, fitting = module(), trainer(max_epochs=100)
     fitting.fit(ensemble, DATA)
     steps = max(status.steps for status in ensemble.statuses)
@@ -50,7 +41,7 @@ def test_fit_ends_when_every_member_has_converged() -> None:
     assert 0 < float(metrics["val/exact_match/midpoint"]) <= 1
 
 
-def test_max_steps_are_steps_of_descent() -> None:
+def test_max_steps_are_steps_of_descent(trainer: Trainers) -> None:
     ensemble, fitting = module(), trainer(max_steps=2)
     fitting.fit(ensemble, DATA)
     assert fitting.global_step == 2
@@ -58,7 +49,7 @@ def test_max_steps_are_steps_of_descent() -> None:
     assert all(status.running for status in ensemble.statuses)
 
 
-def test_a_stopped_fit_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_stopped_fit_goes_on_to_the_same_bits(tmp_path: Path, trainer: Trainers) -> None:
     whole = module()
     trainer(max_epochs=100).fit(whole, DATA)
     half, fitting = module(), trainer(max_steps=2)
@@ -75,7 +66,7 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert torch.equal(half.stack.hidden, whole.stack.hidden)
 
 
-def test_checkpoints_load_without_executing_anything(tmp_path: Path) -> None:
+def test_checkpoints_load_without_executing_anything(tmp_path: Path, trainer: Trainers) -> None:
     ensemble = module(members=[7, 2])
     fitting = trainer(max_epochs=100)
     fitting.fit(ensemble, DATA)
@@ -89,7 +80,7 @@ def test_checkpoints_load_without_executing_anything(tmp_path: Path) -> None:
     assert torch.equal(again.stack.hidden, ensemble.stack.hidden)
 
 
-def test_callbacks_and_loggers_see_what_they_are_promised(tmp_path: Path) -> None:
+def test_callbacks_and_loggers_see_what_they_are_promised(tmp_path: Path, trainer: Trainers) -> None:
     best = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/exact_match/midpoint", mode="max", save_last=True)
     early = EarlyStopping("val/rms_deviation", patience=3)
     logger = CSVLogger(tmp_path)
@@ -104,7 +95,7 @@ def test_callbacks_and_loggers_see_what_they_are_promised(tmp_path: Path) -> Non
         assert name in header
 
 
-def test_early_stopping_on_a_training_metric() -> None:
+def test_early_stopping_on_a_training_metric(trainer: Trainers) -> None:
     early = EarlyStopping("train/loss_max", stopping_threshold=1e-2, patience=100)
     fitting = trainer(max_epochs=20, callbacks=[early])
     ensemble = module()
@@ -113,7 +104,7 @@ def test_early_stopping_on_a_training_metric() -> None:
     assert not any(status.converged for status in ensemble.statuses)
 
 
-def test_measured_and_predicted_stand_side_by_side() -> None:
+def test_measured_and_predicted_stand_side_by_side(trainer: Trainers) -> None:
     """`test` against the definitions, written out."""
     ensemble, fitting = module(members=8), trainer(max_epochs=100)
     fitting.fit(ensemble, DATA)
@@ -138,7 +129,7 @@ def test_measured_and_predicted_stand_side_by_side() -> None:
     assert validated["val/exact_match/sign"] == found["test/exact_match/sign"]
 
 
-def test_antisymmetric_members_are_predicted_not_to_vary() -> None:
+def test_antisymmetric_members_are_predicted_not_to_vary(trainer: Trainers) -> None:
     ensemble, fitting = module(init="antisymmetric"), trainer(max_epochs=100)
     fitting.fit(ensemble, DATA)
     (found,) = fitting.test(ensemble, DATA, verbose=False)
@@ -146,7 +137,7 @@ def test_antisymmetric_members_are_predicted_not_to_vary() -> None:
     assert found["test/predicted_exact_match/midpoint"] == 1
 
 
-def test_members_that_were_given_up_are_not_averaged_in() -> None:
+def test_members_that_were_given_up_are_not_averaged_in(trainer: Trainers) -> None:
     """With two steps allowed, no member converges; with one of them marked as given up, the mean leaves it out."""
     ensemble, fitting = module(members=3), trainer(max_epochs=100)
     fitting.fit(ensemble, DATA)
@@ -163,7 +154,9 @@ def test_members_that_were_given_up_are_not_averaged_in() -> None:
 
 @pytest.mark.parametrize("engine", ["auto", "functional"])
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("64-true", torch.float64)])
-def test_the_trainers_precision_does_what_it_says(precision: Any, dtype: torch.dtype, engine: Any) -> None:
+def test_the_trainers_precision_does_what_it_says(
+    precision: Any, dtype: torch.dtype, engine: Any, trainer: Trainers
+) -> None:
     full, ensemble = module(width=2048, engine=engine), module(width=2048, engine=engine)
     trainer(max_steps=1).fit(full, DATA)
     trainer(max_steps=1, precision=precision).fit(ensemble, DATA)
@@ -177,7 +170,7 @@ def test_the_trainers_precision_does_what_it_says(precision: Any, dtype: torch.d
     assert all(status.converged for status in ensemble.statuses)
 
 
-def test_what_cannot_be_trained_is_refused() -> None:
+def test_what_cannot_be_trained_is_refused(trainer: Trainers) -> None:
     with pytest.raises(ValueError, match=r"Trainer\(precision='bf16-true'\): expected one of 32-true"):
         trainer(precision="bf16-true", max_epochs=1).fit(module(), DATA)
     rows = TensorDataset(torch.eye(DATA.in_features), DATA.task.templates.labels.float())
@@ -185,7 +178,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         trainer(max_epochs=1).fit(module(), DataLoader(rows, batch_size=6))
 
 
-def test_another_optimizer_descends_the_plain_squared_error() -> None:
+def test_another_optimizer_descends_the_plain_squared_error(trainer: Trainers) -> None:
     """One step of SGD is one step of size lr down the gradient of ½·Σ(f(X) − Y)², by autograd."""
     ensemble = module(optimizer=functools.partial(torch.optim.SGD, lr=0.5), loss="mse")
     networks = [ensemble.member(i) for i in range(4)]
@@ -201,7 +194,7 @@ def test_another_optimizer_descends_the_plain_squared_error() -> None:
     assert "val/exact_match/midpoint" in fitting.callback_metrics
 
 
-def test_another_optimizer_takes_minibatches_and_the_whitened_loss_does_not() -> None:
+def test_another_optimizer_takes_minibatches_and_the_whitened_loss_does_not(trainer: Trainers) -> None:
     rows = TensorDataset(torch.eye(DATA.in_features), DATA.task.templates.labels.float())
     adam = functools.partial(torch.optim.Adam, lr=1e-2)
     ensemble, fitting = module(optimizer=adam, loss="mse"), trainer(max_epochs=5)
@@ -211,7 +204,7 @@ def test_another_optimizer_takes_minibatches_and_the_whitened_loss_does_not() ->
         trainer(max_epochs=1).fit(module(optimizer=adam), DataLoader(rows, batch_size=6))
 
 
-def test_the_whitened_loss_with_another_optimizer_is_descents_first_step() -> None:
+def test_the_whitened_loss_with_another_optimizer_is_descents_first_step(trainer: Trainers) -> None:
     ensemble = module(width=1024, optimizer=functools.partial(torch.optim.SGD, lr=1.0))
     own = module(width=1024)
     trainer(max_steps=1).fit(ensemble, DATA)
@@ -220,7 +213,7 @@ def test_the_whitened_loss_with_another_optimizer_is_descents_first_step() -> No
 
 
 @pytest.fixture(scope="module")
-def arbitrary() -> tuple[EnsembleModule, torch.Tensor, torch.Tensor, torch.Tensor]:
+def arbitrary(trainer: Trainers) -> tuple[EnsembleModule, torch.Tensor, torch.Tensor, torch.Tensor]:
     """256 members on random X and Y; labels of norm 1, as the finite width's bias grows with their square."""
     generator = torch.Generator().manual_seed(0)
     x, y, new = (normalize(torch.randn(rows, 10, generator=generator)) for rows in (20, 20, 50))
@@ -245,7 +238,7 @@ def test_any_inputs_and_labels_reach_the_posterior(arbitrary: Any) -> None:
     assert float((ratio - 1).abs().max()) < 4 * (2 / 255) ** 0.5
 
 
-def test_validation_on_plain_batches_logs_the_ensembles_error(arbitrary: Any) -> None:
+def test_validation_on_plain_batches_logs_the_ensembles_error(arbitrary: Any, trainer: Trainers) -> None:
     ensemble, x, y, _ = arbitrary
     (found,) = trainer().validate(ensemble, DataLoader(TensorDataset(x, y), batch_size=20), verbose=False)
     assert found["val/loss"] == pytest.approx(float((predict(ensemble.stack, x).mean(0) - y).square().mean()), rel=1e-3)
