@@ -212,7 +212,7 @@ def test_a_resumed_and_a_merged_run_have_the_charts_of_an_uninterrupted_one(logd
     train(Addition(3), dataclasses.replace(OPTIONS, resume=str(resumed)), console=QUIET)
     parts = [trained(tmp_path / "a", ensemble=4), trained(tmp_path / "b", first_member=4, ensemble=5)]
     merged, results = merge_runs(parts, str(tmp_path / "merged"))
-    assert dashboard.Dashboard(merged.store, merged.experiment).finish(merged.member_results(), results) == []
+    assert dashboard.Dashboard(merged).finish(merged.member_results(), results) == []
     expected = scalars(logdir / "wide")
     assert scalars(resumed) == scalars(merged.directory) == expected
 
@@ -231,7 +231,7 @@ def test_a_run_of_sums_has_the_charts_that_a_session_sees_and_the_rows_of_the_re
         trained(tmp_path / "b", first_member=4, ensemble=5, keep_deviations="sums"),
     ]
     merged, results = merge_runs(parts, str(tmp_path / "merged"))
-    assert dashboard.Dashboard(merged.store, merged.experiment).finish(merged.member_results(), results) == []
+    assert dashboard.Dashboard(merged).finish(merged.member_results(), results) == []
     rows = json.loads((logdir / "wide" / "results.json").read_text())["convergence"]
     assert [row["members"] for row in rows] == [1, 2, 4, 8, 9]
     for directory in (resumed, merged.directory):
@@ -263,7 +263,7 @@ def test_a_session_of_sums_goes_on_with_rows_where_its_members_end(tmp_path: Pat
     """Members 0 to 3 of this session, then four of another: points at 1, 2, 3, 4, and at 8."""
     run = Run.open(trained(tmp_path / "run", ensemble=8, keep_deviations="sums"))
     first = Run.open(trained(tmp_path / "first", ensemble=4)).member_results()
-    board = dashboard.Dashboard(run.store, run.experiment)
+    board = dashboard.Dashboard(run)
     board.cohort_done(first)
     results = json.loads((run.directory / "results.json").read_text())
     assert board.finish(run.member_results(), results) == []
@@ -299,7 +299,7 @@ def test_members_of_other_processes_follow_when_those_before_them_have_finished(
     """A process that leads sees its own cohorts, and finds those of the others in the directory."""
     run = Run.open(logdir / "wide")
     members = run.member_results()
-    board = dashboard.Dashboard(run.store, run.experiment)
+    board = dashboard.Dashboard(run)
     board._write_at = math.inf
     cohorts = [run.store.load_file(path, *run.experiment.limit.mean.shape) for path in run.store.result_files()]
     board.cohort_done(cohorts[1])
