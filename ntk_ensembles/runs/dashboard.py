@@ -160,7 +160,8 @@ class Dashboard:
         started_at = time.monotonic()
         try:
             self._take_stored()
-            if self._curves and self._curves.members:
+            # When all are there the end follows, and shows them.
+            if self._curves and self._curves.members and self._next < self._experiment.planned.stop:
                 self._picture(self._curves.rows)
                 self._write(finished=False)
         except SaveError:
