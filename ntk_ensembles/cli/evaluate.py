@@ -68,7 +68,7 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
     sizes = _sizes(options.members, len(converged))
     if own == {name: getattr(options, name) for name in own}:
         limit, at_width = experiment.limit, experiment.at_width
-        if sizes is None or not run.has_deviations:
+        if sizes is None or not run.store.has_deviations:
             rows = rows_of_blocks(run.measure, run.summary().blocks, at_width)
         else:
             members = run.member_results()
@@ -84,7 +84,7 @@ def evaluate_command(arguments: list[str], prog: str) -> int:
         found = {row["members"]: row for row in rows}
         if left := [size for size in sizes if size not in found]:
             known = ", ".join(map(str, sorted({*found, len(converged)})))
-            kept = "of each member" if run.has_deviations else "as sums over groups of 2, 4, 8, …"
+            kept = "of each member" if run.store.has_deviations else "as sums over groups of 2, 4, 8, …"
             raise OptionError(
                 "members",
                 options.members,

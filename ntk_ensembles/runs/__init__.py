@@ -5,7 +5,7 @@ from ntk_ensembles.runs.dashboard import Dashboard
 from ntk_ensembles.runs.ensemble import Ensemble, converged_members, without_weights
 from ntk_ensembles.runs.options import Experiment, RunOptions
 from ntk_ensembles.runs.record import RecordedTask
-from ntk_ensembles.runs.results import Results, print_report, print_rows, print_warnings
+from ntk_ensembles.runs.results import Results, print_rows, results_of
 from ntk_ensembles.runs.run import Run, begin_or_resume, merge_runs
 from ntk_ensembles.runs.store import MemberResults, RunStore, StoreError
 
@@ -26,9 +26,8 @@ __all__ = [
     "convergence_rows",
     "ensemble_sizes",
     "merge_runs",
-    "print_report",
     "print_rows",
-    "print_warnings",
+    "results_of",
     "rows_of_blocks",
     "without_weights",
 ]

@@ -6,12 +6,13 @@ of members.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from ntk_ensembles.runs.convergence import ConvergenceRow, convergence_rows, group_means, group_rows
@@ -22,8 +23,42 @@ _BINS = 80
 _BITS_AT_ONCE = 1 << 16
 _SPREADS = 4.5
 """Standard deviations beyond the outermost mean that a histogram covers."""
+_SCORE_BINS, _SCORE_MAX = 60, 5.0
 _VARIES = 1e-12
 """Variance below which a bit does not vary: rounding of its formula."""
+
+
+@dataclass(frozen=True, eq=False)
+class Deviations:
+    """Deviations of converged members from the NTK mean, with what is predicted of the states they are at.
+
+    Attributes:
+        limit: The evaluation states and what infinite width predicts of them.
+        at_width: What the members' own width predicts of the same states; None where nothing is.
+        of_members: Outputs minus the NTK mean.
+        indices: Indices of the members, ascending.
+    """
+
+    limit: LimitPrediction
+    at_width: WidthPrediction | None
+    of_members: Float[Tensor, "members states bits"]
+    indices: Int64[Tensor, " members"]
+
+    def means(
+        self, members: int, rows: Int64[Tensor, " rows"] | None = None
+    ) -> Iterator[Float64[Tensor, "_groups _rows bits"]]:
+        """Yield the means over all groups of N members, some groups at a time.
+
+        Args:
+            members: Members N of a group, from 1 to their number.
+            rows: Evaluation states to return; by default all.
+        """
+        return group_means(self.of_members if rows is None else self.of_members[:, rows], self.indices, members)
+
+
+def bit_variance(prediction: Prediction) -> Float64[Tensor, "states bits"]:
+    """Return one member's variance at every state and bit; at infinite width all bits of a state have the same."""
+    return prediction.variance.view(len(prediction.mean), -1).expand_as(prediction.mean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,58 +80,46 @@ class OutputHistogram:
     at_width: tuple[Float64[Tensor, " bins"], Float64[Tensor, " bins"]] | None
 
 
-def output_histogram(
-    limit: LimitPrediction,
-    at_width: WidthPrediction | None,
-    deviations: Float[Tensor, "members states bits"],
-    indices: Int64[Tensor, " members"],
-    members: int,
-    decoder: Decoder,
-) -> OutputHistogram:
+def output_histogram(deviations: Deviations, members: int, decoder: Decoder) -> OutputHistogram:
     """Return how outputs lie about their thresholds, on at most 1,024 of the evaluation states.
 
     Args:
-        limit: The evaluation states and what infinite width predicts of them.
-        at_width: What the members' own width predicts of the same states, if anything.
-        deviations: Outputs minus the NTK mean of members that have converged.
-        indices: Indices of the members, ascending.
+        deviations: Deviations of the members.
         members: Members N of an ensemble, of which there is a group.
         decoder: Decoder whose thresholds are meant.
     """
+    limit, at_width = deviations.limit, deviations.at_width
     rows = rows_at_equal_distances(len(limit.mean))
     matched = limit.evaluation.matches[rows].any(1)
     rows = rows[matched]
     true = limit.evaluation.next_states[rows]
     kinds = (~true, true)
-    distance = (limit.mean - limit.thresholds[decoder])[rows]
-    predictions = [(distance, _deviation(limit, members)[rows])]
+
+    def predicted(prediction: Prediction, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        distance = prediction.mean - prediction.thresholds[decoder]
+        return distance[chosen], (bit_variance(prediction)[chosen] / members).sqrt()
+
+    predictions = [predicted(limit, rows)]
     if at_width is not None:
-        moved = (at_width.mean - at_width.thresholds[decoder])[matched]
-        predictions.append((moved, _deviation(at_width, members)[matched]))
+        predictions.append(predicted(at_width, matched))
     low = min((float((mean - _SPREADS * spread).min()) for mean, spread in predictions if mean.numel()), default=-1.0)
     high = max((float((mean + _SPREADS * spread).max()) for mean, spread in predictions if mean.numel()), default=1.0)
     edges = torch.linspace(low - 1e-3, high + 1e-3, _BINS + 1, dtype=torch.float64)
+    first, last = float(edges[0]), float(edges[-1])
     counts = [torch.zeros(_BINS, dtype=torch.float64) for _ in kinds]
-    for means in group_means(deviations[:, rows], indices, members):
-        outputs = (distance + means).clamp(float(edges[0]), float(edges[-1]))
+    for means in deviations.means(members, rows):
+        outputs = (predictions[0][0] + means).clamp(first, last)
         for count, kind in zip(counts, kinds, strict=True):
-            count += torch.histc(outputs[:, kind], _BINS, float(edges[0]), float(edges[-1]))
-    expected = [
-        tuple(_density(_expected(edges, mean[kind], spread[kind]), edges) for kind in kinds)
-        for mean, spread in predictions
-    ]
-    return OutputHistogram(
-        edges,
-        (_density(counts[0], edges), _density(counts[1], edges)),
-        (expected[0][0], expected[0][1]),
-        (expected[1][0], expected[1][1]) if at_width is not None else None,
+            count += torch.histc(outputs[:, kind], _BINS, first, last)
+    zeros, ones = (
+        [
+            _density(count, edges),
+            *(_density(_expected(edges, mean[kind], spread[kind]), edges) for mean, spread in predictions),
+        ]
+        for count, kind in zip(counts, kinds, strict=True)
     )
-
-
-def _deviation(prediction: Prediction, members: int) -> Tensor:
-    """Return the standard deviation of the mean of ``members`` at every state and bit."""
-    variance = prediction.variance if prediction.variance.ndim == 2 else prediction.variance[:, None]
-    return (variance / members).sqrt().expand_as(prediction.mean)
+    measured, infinite, *expected = zip(zeros, ones, strict=True)
+    return OutputHistogram(edges, measured, infinite, expected[0] if expected else None)
 
 
 def _expected(edges: Tensor, means: Tensor, deviations: Tensor) -> Tensor:
@@ -113,63 +136,77 @@ def _density(counts: Tensor, edges: Tensor) -> Tensor:
     return counts / counts.sum().clamp_min(1) / edges.diff()
 
 
-@dataclass(frozen=True, eq=False)
 class StandardisedDeviations:
-    """Deviations of ensembles of N members from a predicted mean, in predicted standard deviations.
+    """Deviations of ensembles of N members from a predicted mean, in predicted standard deviations, as they are added.
+
+    Args:
+        prediction: What is predicted.
+        members: N.
+        rows: States of the prediction whose deviations are added; by default all.
 
     Attributes:
         members: N.
-        mean: Their mean; 0 if the prediction holds.
-        deviation: Their standard deviation; 1 if it holds.
-        edges: Edges of the histogram's bins; what lies beyond is in the last ones.
-        density: Density in each bin.
+        varies: Which bits of these states vary; the others do not count.
+        edges: Edges of the histogram's bins; what lies beyond is in the outermost ones.
+        counts: Number of deviations in each bin.
     """
 
-    members: int
-    mean: float
-    deviation: float
-    edges: Float64[Tensor, " edges"]
-    density: Float64[Tensor, " bins"]
+    def __init__(self, prediction: Prediction, members: int = 1, rows: Int64[Tensor, " rows"] | None = None) -> None:
+        variance, bias = bit_variance(prediction), prediction.bias
+        if rows is not None:
+            variance, bias = variance[rows], bias[rows]
+        self.members = members
+        self.varies: Bool[Tensor, "states bits"] = variance > _VARIES
+        # What is not a number is in no bin.
+        scale = (variance / members).rsqrt().masked_fill(~self.varies, torch.nan)
+        self._scale, self._shift = scale.float(), (bias * scale).float()
+        self.edges = torch.linspace(-_SCORE_MAX, _SCORE_MAX, _SCORE_BINS + 1, dtype=torch.float64)
+        self.counts = torch.zeros(_SCORE_BINS, dtype=torch.float64)
+        self._total = self._squares = 0.0
+
+    def add(self, deviations: Float[Tensor, "*groups states bits"]) -> None:
+        """Add mean deviations of groups of N members."""
+        scores = deviations.float() * self._scale - self._shift
+        self.counts += torch.histc(scores.clamp(-_SCORE_MAX, _SCORE_MAX), _SCORE_BINS, -_SCORE_MAX, _SCORE_MAX)
+        self._total += float(scores.nansum(dtype=torch.float64))
+        self._squares += float(scores.square_().nansum(dtype=torch.float64))
+
+    @property
+    def mean(self) -> float:
+        """Their mean; 0 if the prediction holds."""
+        return self._total / float(self.counts.sum())
+
+    @property
+    def deviation(self) -> float:
+        """Their standard deviation; 1 if the prediction holds."""
+        return math.sqrt(max(self._squares / float(self.counts.sum()) - self.mean**2, 0.0))
+
+    @property
+    def density(self) -> Float64[Tensor, " bins"]:
+        """Density in each bin."""
+        return _density(self.counts, self.edges)
 
 
 def standardised_deviations(
-    limit: LimitPrediction,
-    prediction: Prediction,
-    deviations: Float[Tensor, "members states bits"],
-    indices: Int64[Tensor, " members"],
-    members: int,
+    deviations: Deviations, prediction: Prediction, members: int
 ) -> StandardisedDeviations | None:
     """Return deviations over what is predicted of them, on at most 1,024 of the evaluation states.
 
     Args:
-        limit: The evaluation states.
-        prediction: Either ``limit`` or what the members' own width predicts.
-        deviations: Outputs minus the NTK mean of members that have converged.
-        indices: Indices of the members, ascending.
+        deviations: Deviations of the members.
+        prediction: What is predicted of them: ``limit`` or ``at_width``.
         members: Members N of an ensemble, of which there is a group.
 
     Returns:
         None where no bit varies, as at infinite width for antisymmetric members.
     """
-    rows = rows_at_equal_distances(len(limit.mean))
-    mean = prediction.bias[rows] if prediction is limit else prediction.bias
-    spread = _deviation(prediction, members)
-    spread = spread[rows] if prediction is limit else spread
-    varies = spread.square() * members > _VARIES
-    if not bool(varies.any()):
+    rows = rows_at_equal_distances(len(deviations.limit.mean))
+    found = StandardisedDeviations(prediction, members, rows if prediction is deviations.limit else None)
+    if not bool(found.varies.any()):
         return None
-    edges = torch.linspace(-5, 5, 61, dtype=torch.float64)
-    counts = torch.zeros(len(edges) - 1, dtype=torch.float64)
-    number, total, squares = 0, 0.0, 0.0
-    for means in group_means(deviations[:, rows], indices, members):
-        scores = ((means - mean) / spread)[:, varies]
-        number += scores.numel()
-        total += float(scores.sum())
-        squares += float(scores.square().sum())
-        counts += torch.histc(scores.clamp(-5, 5), len(counts), -5, 5)
-    average = total / number
-    deviation = max(squares / number - average**2, 0.0) ** 0.5
-    return StandardisedDeviations(members, average, deviation, edges, _density(counts, edges))
+    for means in deviations.means(members, rows):
+        found.add(means)
+    return found
 
 
 @dataclass(frozen=True)
@@ -209,29 +246,20 @@ class BitFailures:
         return (self.missed + self.invented) / self.readings
 
 
-def bit_failures(
-    limit: LimitPrediction,
-    at_width: WidthPrediction | None,
-    deviations: Float[Tensor, "members states bits"],
-    indices: Int64[Tensor, " members"],
-    members: int,
-    decoder: Decoder,
-) -> list[BitFailures]:
+def bit_failures(deviations: Deviations, members: int, decoder: Decoder) -> list[BitFailures]:
     """Return the failures of every bit of the state.
 
     Args:
-        limit: The evaluation states and what infinite width predicts of them.
-        at_width: What the members' own width predicts of the same states, if anything.
-        deviations: Outputs minus the NTK mean of members that have converged.
-        indices: Indices of the members, ascending.
+        deviations: Deviations of the members.
         members: Members N of an ensemble, of which there is a group.
         decoder: How their mean is decoded.
     """
+    limit, at_width = deviations.limit, deviations.at_width
     evaluation, templates = limit.evaluation, limit.task.templates
     wrong = torch.zeros(limit.mean.shape, dtype=torch.int64)
-    for means in group_means(deviations, indices, members):
+    for means in deviations.means(members):
         wrong += (decode(limit.mean + means, limit.thresholds[decoder]) != evaluation.next_states).sum(0)
-    readings = len(group_rows(indices, members)) * len(evaluation)
+    readings = len(group_rows(deviations.indices, members)) * len(evaluation)
     missed = wrong.where(evaluation.next_states, 0)
     predicted = bit_error_probability(limit.margins[decoder], limit.variance, members).mean(0).tolist()
     expected = (
@@ -265,12 +293,7 @@ def bit_failures(
 
 
 def members_needed(
-    rows: Sequence[ConvergenceRow],
-    limit: LimitPrediction,
-    deviations: Float[Tensor, "members states bits"] | None,
-    indices: Int64[Tensor, " members"],
-    decoder: Decoder,
-    exact: float,
+    rows: Sequence[ConvergenceRow], deviations: Deviations | None, decoder: Decoder, exact: float
 ) -> int | None:
     """Return the smallest N whose exact match, averaged over groups of members, reaches a target and stays there.
 
@@ -279,9 +302,7 @@ def members_needed(
 
     Args:
         rows: Convergence rows of the members, N ascending, at least one.
-        limit: The evaluation states and what infinite width predicts of them.
-        deviations: Deviations of the members that have converged; None to look no closer than the rows.
-        indices: Indices of these members, ascending.
+        deviations: Deviations of the members; None to look no closer than the rows.
         decoder: How the mean is decoded.
         exact: Share of states to be decoded right, above 0 and at most 1.
     """
@@ -296,7 +317,7 @@ def members_needed(
         return reached
     while reached - below > 1:
         middle = (below + reached) // 2
-        found = convergence_rows(limit, deviations, [middle], indices=indices)
+        found = convergence_rows(deviations.limit, deviations.of_members, [middle], indices=deviations.indices)
         reaches = bool(found) and found[0]["exact_match"][decoder] >= exact
         below, reached = (below, middle) if reaches else (middle, reached)
     return reached

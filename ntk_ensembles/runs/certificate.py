@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ntk_ensembles.console import Paragraph, Part, TextTable
-from ntk_ensembles.theory import TIE
+from ntk_ensembles.templates import MatchBounds
+from ntk_ensembles.theory import DECODERS, TIE, TemplatePredictor, certify
+
+_VERDICTS = {True: "yes", False: "no", None: "open"}
+_DELTA = 1e-6
+"""Chance of any wrong bit in `describe_in_short`."""
 
 
 def count(value: int | None) -> str:
@@ -27,13 +33,12 @@ def describe_certificate(certificate: Mapping[str, Any], task: str) -> list[Part
     """
     matched, fan_in = certificate["num_matches"], certificate["fan_in"]
     every, reachable, sampled = matched["all_states"], matched["reachable"], matched["sampled"]
-    chance = f"members that suffice for a chance of {1 - certificate['delta']:.7g}"
     worst = []
     for name, decoder in certificate["decoders"].items():
         for scope, words in (("all_states", "all 2^m"), ("reachable", "reachable")):
             found = decoder[scope]
-            verdict = {True: "yes", False: "no", None: "open"}[found["exact"]]
-            worst.append([name, words, verdict, _margin(found["worst_one"]), _margin(found["worst_zero"])])
+            margins = [_margin(case and case["margin"]) for case in (found["worst_one"], found["worst_zero"])]
+            worst.append([name, words, _VERDICTS[found["exact"]], *margins])
     headings = ("decoder", "states", "exact", "margin of 1-bits", "margin of 0-bits")
     templates = f"k = {certificate['templates']} templates"
     templates += f" and {certificate['padding']:,} of padding" if certificate["padding"] else ""
@@ -47,7 +52,7 @@ def describe_certificate(certificate: Mapping[str, Any], task: str) -> list[Part
         ),
         Paragraph(f"Templates that set a bit (fan-in F): {fan_in['min']} to {fan_in['max']} ({fan_in['max_bit']})."),
         TextTable("worst case of the infinitely wide ensemble", headings, worst, words=(0, 1)),
-        _sufficient(chance, certificate["decoders"], sampled["states"]),
+        _sufficient(_suffice(certificate["delta"]), certificate["decoders"], sampled["states"]),
         Paragraph("By the union bound over bits and states of exact Gaussian tails."),
     ]
     if at_width := certificate.get("at_width"):
@@ -65,6 +70,31 @@ def describe_certificate(certificate: Mapping[str, Any], task: str) -> list[Part
     return [*parts, Paragraph(certificate["covers"], "note")]
 
 
+def describe_in_short(predictor: TemplatePredictor) -> TextTable:
+    """Return what of a certificate is found quickly, in a table: what holds of all states.
+
+    Args:
+        predictor: Theory of what is learned.
+
+    Raises:
+        RuntimeError: The solver failed.
+    """
+    bounds, bits = MatchBounds(predictor.templates), predictor.templates.layout.bits
+    rows = []
+    for decoder in DECODERS:
+        found = certify(predictor, bounds, decoder)
+        verdict = _VERDICTS[found.exact] + (", without a margin" if found.exact and found.tie else "")
+        members = [count(found.members(_DELTA, logarithm)) for logarithm in (0.0, bits * math.log(2))]
+        rows.append([decoder, verdict, _margin(found.margin), *members])
+    headings = ("decoder", "exact", "smallest margin", "members for any one state", "members for all states")
+    title = f"What the templates promise of all 2^{bits} states, in infinite width, and the {_suffice(_DELTA)}."
+    return TextTable(title, headings, rows)
+
+
+def _suffice(delta: float) -> str:
+    return f"members that suffice for a chance of {1 - delta:.7g}"
+
+
 def _sufficient(title: str, decoders: Mapping[str, Any], sampled: int) -> TextTable:
     headings = {
         "one_state": "any one state",
@@ -77,7 +107,7 @@ def _sufficient(title: str, decoders: Mapping[str, Any], sampled: int) -> TextTa
 
 
 def _remarks(name: str, decoder: Mapping[str, Any], given: int) -> list[str]:
-    """Why a decoder is not exact, and why no number of members may suffice."""
+    """Return why a decoder is not exact, and why no number of members may suffice."""
     lines = []
     found = decoder["all_states"]
     if found["exact"] is False:
@@ -110,12 +140,12 @@ def _extreme(described: Mapping[str, Any]) -> str:
     return f"{described['max']} (found: {described['max_attained']})"
 
 
-def _margin(critical: Mapping[str, Any] | None) -> str:
-    if critical is None:
+def _margin(margin: float | None) -> str:
+    if margin is None:
         return "-"
-    return "0 (*)" if abs(critical["margin"]) <= TIE else f"{critical['margin']:.4g}"
+    return "0 (*)" if abs(margin) <= TIE else f"{margin:.4g}"
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names in short: the first few, where there are many of one kind."""
+    """Return names, of many only the first two and the last three."""
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:2])}, …, {', '.join(names[-3:])}"

@@ -17,16 +17,20 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from rich.console import Console
 from torch import Tensor
 
+from ntk_ensembles.console import TextTable
 from ntk_ensembles.ensemble.network import one_thread
 from ntk_ensembles.events import EventFile
 from ntk_ensembles.files import SaveError, write_atomically
+from ntk_ensembles.runs.bits import StandardisedDeviations, bit_variance
+from ntk_ensembles.runs.certificate import describe_in_short
 from ntk_ensembles.runs.convergence import ConvergenceRow, ensemble_sizes
-from ntk_ensembles.runs.options import SAVED_OPTIONS, Experiment
-from ntk_ensembles.runs.results import Results
-from ntk_ensembles.runs.store import MemberResults, RunStore
-from ntk_ensembles.templates.bounds import MatchBounds
+from ntk_ensembles.runs.options import Experiment
+from ntk_ensembles.runs.results import Results, print_report, print_training
+from ntk_ensembles.runs.run import Run
+from ntk_ensembles.runs.store import MemberResults
 from ntk_ensembles.theory import (
     DECODERS,
     TIE,
@@ -34,7 +38,6 @@ from ntk_ensembles.theory import (
     ExactMatchBand,
     Prediction,
     bit_error_probability,
-    certify,
     decode,
     margins,
 )
@@ -55,46 +58,40 @@ _POINTS_MAX = 1000
 _CERTAIN_SCORE = 9.0
 """Margin in standard deviations from which a bit is never wrong: its chance is 1e-19."""
 
-_DELTA = 1e-6
 _BINS = 100
-_SCORE_MAX = 5.0
-"""Standardised deviations beyond it are counted in the outermost bins."""
 
 _KINDS = {"": "", "predicted_": ", infinite width", "finite_width_": ", this width"}
 """What the names of one kind of value begin with in rows of results, and how they end on charts."""
 
+_FINAL_METRICS = (
+    "RMS deviation/measured",
+    *(f"{name}/{d}" for name in ("exact from N on", "exact match", "bit accuracy") for d in DECODERS),
+)
+"""Charts whose last values tell how a run has ended; TensorBoard shows the first five at first."""
+
 _WIDTHS = "(, (infinite|this) width)?$"
-_LAYOUT = {
+_CHARTS = {
     f"Convergence against {_STEPS_AN_OCTAVE} log2 N": {
         **{
-            f"exact match, {decoder} (log2 N)": [
-                "Multiline",
-                [f"exact match by {_STEPS_AN_OCTAVE} log2 N/{decoder}{_WIDTHS}"],
-            ]
+            f"exact match, {decoder} (log2 N)": f"exact match by {_STEPS_AN_OCTAVE} log2 N/{decoder}{_WIDTHS}"
             for decoder in DECODERS
         },
-        "log10 of the RMS deviation (log2 N)": [
-            "Multiline",
-            [f"log10 RMS deviation by {_STEPS_AN_OCTAVE} log2 N/.*"],
-        ],
+        "log10 of the RMS deviation (log2 N)": f"log10 RMS deviation by {_STEPS_AN_OCTAVE} log2 N/.*",
     },
     "Convergence against N": {
         **{
-            f"{name}, {decoder}": ["Multiline", [f"{name}/{decoder}{_WIDTHS}"]]
+            f"{name}, {decoder}": f"{name}/{decoder}{_WIDTHS}"
             for name in ("exact match", "bit accuracy")
             for decoder in DECODERS
         },
-        "RMS deviation from the NTK mean": ["Multiline", ["RMS deviation/.*"]],
+        "RMS deviation from the NTK mean": "RMS deviation/.*",
     },
     "Training": {
-        f"log10 of the relative loss by {_POINTS_A_STEP} step": [
-            "Multiline",
-            [f"log10 training loss by {_POINTS_A_STEP} step/.*"],
-        ]
+        f"log10 of the relative loss by {_POINTS_A_STEP} step": f"log10 training loss by {_POINTS_A_STEP} step/.*"
     },
 }
-"""Charts of the Custom Scalars tab. The same for every run, as TensorBoard adds those of all runs up: a series that a
-run does not have is left out by itself."""
+"""Patterns of the series in each chart of the Custom Scalars tab. The same for every run, as TensorBoard adds those of
+all runs up: a series that a run does not have is left out by itself."""
 
 
 @runtime_checkable
@@ -121,8 +118,7 @@ class Dashboard:
     former alone.
 
     Args:
-        store: Directory of the run.
-        experiment: What is trained, how, and on what it is evaluated.
+        run: The run.
         loggers: Loggers that get the options and the charts against N too.
 
     Attributes:
@@ -130,15 +126,15 @@ class Dashboard:
         events: What TensorBoard is shown; written now and then, and at the end.
     """
 
-    def __init__(self, store: RunStore, experiment: Experiment, loggers: Sequence[MetricLogger] = ()) -> None:
-        self.events = EventFile(store.directory)
-        self.directory = store.directory
-        self._store = store
-        self._experiment = experiment
+    def __init__(self, run: Run, loggers: Sequence[MetricLogger] = ()) -> None:
+        self.events = EventFile(run.directory)
+        self.directory = run.directory
+        self._run = run
+        self._experiment = run.experiment
         self._loggers = loggers
         self._curves: _Curves | None = None
         self._losses: list[list[float]] = []
-        self._next = experiment.planned.start
+        self._next = run.experiment.planned.start
         self._members_of: dict[str, list[int]] = {}
         self._all_bands: dict[Decoder, ExactMatchBand] = {}
         self._write_at = time.monotonic() + _SECONDS_BETWEEN_WRITES
@@ -164,8 +160,9 @@ class Dashboard:
         started_at = time.monotonic()
         try:
             self._take_stored()
-            if self._curves and self._curves.members:
-                self._picture(self._curves.rows())
+            # When all are there the end follows, and shows them.
+            if self._curves and self._curves.members and self._next < self._experiment.planned.stop:
+                self._picture(self._curves.rows)
                 self._write(finished=False)
         except SaveError:
             # The disk may have room again at the end, which says so if not.
@@ -174,6 +171,25 @@ class Dashboard:
             self._failed = error
         took = time.monotonic() - started_at
         self._write_at = time.monotonic() + max(_SECONDS_BETWEEN_WRITES, took / _SHARE_OF_TIME)
+
+    def conclude(self, members: MemberResults, results: Results, console: Console, started_at: float) -> None:
+        """Print results that have been written, finish the dashboard, and write what all of it has taken.
+
+        Args:
+            members: All members so far; without deviations where only their sums are kept.
+            results: The results that follow from them.
+            console: Console to print on.
+            started_at: When the user began to wait, as from `time.time`.
+        """
+        print_report(results, console)
+        failures = self.finish(members, results)
+        try:
+            self._run.write_results(results, started_at)
+        except SaveError as error:
+            failures.append(str(error))
+        print_training(results, self.directory, console)
+        for line in failures:
+            console.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def finish(self, members: MemberResults, results: Results) -> list[str]:
         """Show all members and write everything; whatever becomes of it, the results are there.
@@ -195,9 +211,7 @@ class Dashboard:
                 failures.append(str(error))
             except Exception as error:
                 # Whatever a library makes of a machine without fonts, say: a picture is not worth a run.
-                failures.append(
-                    f"{self._store.directory}: the figures cannot be drawn ({type(error).__name__}: {error})"
-                )
+                failures.append(f"{self.directory}: the figures cannot be drawn ({type(error).__name__}: {error})")
         return failures
 
     def _draw(self, rows: Sequence[ConvergenceRow]) -> None:
@@ -209,7 +223,7 @@ class Dashboard:
         from ntk_ensembles.runs.figures import convergence_figure
 
         figure = convergence_figure(rows, self._bands(rows), self._title(rows))
-        path = self._store.directory / "figures" / "convergence.png"
+        path = self.directory / "figures" / "convergence.png"
         write_atomically(path, lambda part: figure.savefig(part, dpi=150, format="png"), follow=False)
 
     def _chart(self, members: MemberResults, rows: Sequence[ConvergenceRow]) -> None:
@@ -227,23 +241,20 @@ class Dashboard:
         """Take the members that follow the last one from files, where these have their deviations."""
         if not self._experiment.keeps_deviations:
             return
-        files = self._store.result_files()
+        files = self._run.store.result_files()
         for path in files:
             if path.name not in self._members_of:
-                self._members_of[path.name] = self._store.members_of(path)
+                self._members_of[path.name] = self._run.store.members_of(path)
         owners = {index: path for path in files for index in self._members_of[path.name]}
         while self._next in owners:
-            members = self._store.load_file(owners[self._next], *self._experiment.limit.mean.shape)
+            members = self._run.store.load_file(owners[self._next], *self._experiment.limit.mean.shape)
             if members.deviations is None:
                 break
             self._take(members)
 
+    @one_thread()
     def _take(self, members: MemberResults, *, past_gaps: bool = False) -> None:
         """Add members to the charts, in order; past one that is not finished only if nothing more will come."""
-        with one_thread():
-            self._add(members, past_gaps)
-
-    def _add(self, members: MemberResults, past_gaps: bool) -> None:
         if self._curves is None:
             self._curves = _Curves(self._experiment, self.events)
             for logger in self._loggers:
@@ -270,15 +281,17 @@ class Dashboard:
         self._curves.add_histograms()
         for step, values in _loss_points(self._losses):
             self.events.add_scalars(values, step)
-        self.events.add_summary(summary.custom_scalars(_LAYOUT))
+        layout = {
+            category: {title: ["Multiline", [pattern]] for title, pattern in charts.items()}
+            for category, charts in _CHARTS.items()
+        }
+        self.events.add_summary(summary.custom_scalars(layout))
         for name, text in self._texts.items():
             content = summary.text(name, text)
             # Without the ending that the function adds to the name.
             content.value[0].tag = name
             self.events.add_summary(content)
-        kind, begun, ended = summary.hparams(
-            _hyperparameters(self._experiment), dict.fromkeys(self._curves.final_metrics(), 0.0)
-        )
+        kind, begun, ended = summary.hparams(_hyperparameters(self._experiment), dict.fromkeys(_FINAL_METRICS, 0.0))
         for part in (kind, begun, ended) if finished else (kind, begun):
             self.events.add_summary(part)
         self.events.write()
@@ -287,8 +300,14 @@ class Dashboard:
 
     @cached_property
     def _texts(self) -> dict[str, str]:
-        """Options, certificate and command; the certificate is a search, too slow to repeat at every write."""
-        return _texts(self._experiment)
+        """Options, certificate and command, in Markdown; the certificate is a search, too slow to repeat."""
+        experiment = self._experiment
+        options = [[name, str(value)] for name, value in experiment.named_options.items()]
+        return {
+            "options": _markdown(TextTable("", ("option", "value"), options)),
+            "certificate": _markdown(describe_in_short(experiment.predictor)),
+            "command": f"    {experiment.command_line}",
+        }
 
     def _picture(self, rows: Sequence[ConvergenceRow]) -> None:
         """Put the figure's panels, of the members so far, in the place of earlier ones."""
@@ -329,6 +348,7 @@ class _Curves:
 
     Attributes:
         members: The last N.
+        rows: Rows of a figure: of N = 1, 2, 4, … and of the last.
     """
 
     def __init__(self, experiment: Experiment, events: EventFile) -> None:
@@ -339,29 +359,20 @@ class _Curves:
         self._events = events
         self._total = torch.zeros_like(self._limit.mean)
         self._exact_from = dict.fromkeys(DECODERS, 1)
-        self._rows: list[ConvergenceRow] = []
+        self.rows: list[ConvergenceRow] = []
         self._logarithmic: dict[str, float] = {}
-        # What is predicted, by its name on a chart; infinite width sees all states, the members' own some of them.
-        self._predictions: dict[str, Prediction] = {"infinite width": experiment.limit}
-        self._states: dict[str, Tensor] = {"infinite width": torch.arange(len(self._limit.mean))}
+        self._predictions: dict[str, Prediction] = {"predicted_": experiment.limit}
+        # Infinite width sees all states, the members' own some of them.
+        self._states: dict[str, slice | Tensor] = {"predicted_": slice(None)}
         if experiment.at_width is not None:
-            self._predictions["this width"] = experiment.at_width
-            self._states["this width"] = experiment.at_width.rows
+            self._predictions["finite_width_"] = experiment.at_width
+            self._states["finite_width_"] = experiment.at_width.rows
         self._rates = {
-            (name, decoder): _Rates(prediction, decoder)
-            for name, prediction in self._predictions.items()
+            (prefix, decoder): _Rates(prediction, decoder)
+            for prefix, prediction in self._predictions.items()
             for decoder in DECODERS
         }
-        self._scores: dict[str, Tensor] = {}
-        self._standard: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, prediction in self._predictions.items():
-            variance = prediction.variance.view(len(prediction.mean), -1).expand_as(prediction.mean)
-            if bool((variance > 0).any()):
-                # What does not vary has no standardised deviation; not a number is in no bin.
-                scale = variance.rsqrt().masked_fill(variance <= 0, torch.nan)
-                self._standard[name] = scale.float(), (prediction.bias * scale).float()
-                self._scores[name] = torch.zeros(_BINS, dtype=torch.float64)
-        self._edges = torch.linspace(-_SCORE_MAX, _SCORE_MAX, _BINS + 1, dtype=torch.float64)
+        self._standardised = {prefix: StandardisedDeviations(known) for prefix, known in self._predictions.items()}
 
     def add(self, deviation: Float[Tensor, "states bits"]) -> dict[str, float]:
         """Add one member, and return the values of its N by the names of the charts.
@@ -371,14 +382,10 @@ class _Curves:
         """
         self._added += 1
         self._total += deviation
-        for name, counts in self._scores.items():
-            scale, shift = self._standard[name]
-            scores = deviation[self._states[name]].float() * scale - shift
-            counts += torch.histc(scores.clamp_(-_SCORE_MAX, _SCORE_MAX), _BINS, -_SCORE_MAX, _SCORE_MAX)
-        values = self._values()
-        self._add_point(self._added, values)
+        for prefix, found in self._standardised.items():
+            found.add(deviation[self._states[prefix]])
+        values = self.add_row(self._row())
         if self._added & (self._added - 1) == 0:
-            self._rows.append(self._row(values))
             self.add_histograms()
         return values
 
@@ -386,42 +393,43 @@ class _Curves:
         """Add a point for a larger N than the last, and return its values by the names of the charts.
 
         Args:
-            row: Means over the groups of N members.
+            row: Means over groups of N members.
         """
+        self._before, self.members = self.members, row["members"]
+        self.rows = [known for known in self.rows if known["members"].bit_count() == 1] + [row]
         values = self._values_of(row)
-        self._add_point(row["members"], values)
-        self._rows.append(row)
-        return values
-
-    def _add_point(self, members: int, values: dict[str, float]) -> None:
-        self._before, self.members, self._last = self.members, members, values
         for decoder in DECODERS:
             if values[f"exact match/{decoder}"] < 1:
-                self._exact_from[decoder] = members + 1
+                self._exact_from[decoder] = self.members + 1
             elif self._exact_from[decoder] > self._before:
                 # Of the N between nothing is known.
-                self._exact_from[decoder] = members
+                self._exact_from[decoder] = self.members
             values[f"exact from N on/{decoder}"] = float(self._exact_from[decoder])
-        self._events.add_scalars(values, members)
+        self._events.add_scalars(values, self.members)
         self._add_logarithmic(values)
-
-    def _values(self) -> dict[str, float]:
-        count, limit = self._added, self._limit
-        mean = limit.mean + self._total / count
-        values: dict[str, float] = {}
-        for decoder in DECODERS:
-            right = decode(mean, limit.thresholds[decoder]) == limit.evaluation.next_states
-            states = right.all(1)
-            rates = {"": (float(states.double().mean()), float(right.double().mean()))}
-            for name in self._predictions:
-                rates[f", {name}"] = self._rates[name, decoder](count)
-            for suffix, (exact, bits) in rates.items():
-                values[f"exact match/{decoder}{suffix}"] = exact
-                values[f"bit accuracy/{decoder}{suffix}"] = bits
-        values["RMS deviation/measured"] = float((self._total / count).square().mean().sqrt())
-        for name, prediction in self._predictions.items():
-            values[f"RMS deviation/{name}"] = prediction.rms_deviation(count)
         return values
+
+    def _row(self) -> ConvergenceRow:
+        """Return the row of `convergence_rows` for the first N members, which are one group."""
+        mean = self._limit.mean + self._total / self._added
+        right = [decode(mean, self._limit.thresholds[d]) == self._limit.evaluation.next_states for d in DECODERS]
+        row: Any = {
+            "members": self._added,
+            "exact_match": {d: float(found.all(1).double().mean()) for d, found in zip(DECODERS, right, strict=True)},
+            "exact_match_spread": dict.fromkeys(DECODERS),
+            "execution_match": None,
+            "bit_accuracy": {d: float(found.double().mean()) for d, found in zip(DECODERS, right, strict=True)},
+            "rms_deviation": float((self._total / self._added).square().mean().sqrt()),
+            "finite_width_exact_match": None,
+            "finite_width_bit_accuracy": None,
+            "finite_width_rms_deviation": None,
+        }
+        for prefix, prediction in self._predictions.items():
+            rates = {decoder: self._rates[prefix, decoder](self._added) for decoder in DECODERS}
+            row[f"{prefix}exact_match"] = {decoder: exact for decoder, (exact, _) in rates.items()}
+            row[f"{prefix}bit_accuracy"] = {decoder: bits for decoder, (_, bits) in rates.items()}
+            row[f"{prefix}rms_deviation"] = prediction.rms_deviation(self._added)
+        return row  # type: ignore[no-any-return]
 
     @staticmethod
     def _values_of(row: ConvergenceRow) -> dict[str, float]:
@@ -435,26 +443,6 @@ class _Curves:
                     values[f"bit accuracy/{decoder}{suffix}"] = known[f"{prefix}bit_accuracy"][decoder]
                 values[f"RMS deviation/{suffix[2:] or 'measured'}"] = known[f"{prefix}rms_deviation"]
         return values
-
-    def _row(self, values: Mapping[str, float]) -> ConvergenceRow:
-        """Return the row of `convergence_rows` for the first N members, which are one group."""
-        known = {prefix: f"exact match/{DECODERS[0]}{suffix}" in values for prefix, suffix in _KINDS.items()}
-        row: Any = {
-            "members": self.members,
-            "exact_match_spread": dict.fromkeys(DECODERS),
-            "execution_match": None,
-        }
-        for prefix, suffix in _KINDS.items():
-            for key, name in (("exact_match", "exact match"), ("bit_accuracy", "bit accuracy")):
-                shares = {decoder: values.get(f"{name}/{decoder}{suffix}") for decoder in DECODERS}
-                row[f"{prefix}{key}"] = shares if known[prefix] else None
-            row[f"{prefix}rms_deviation"] = values.get(f"RMS deviation/{suffix[2:] or 'measured'}")
-        return row  # type: ignore[no-any-return]
-
-    def rows(self) -> list[ConvergenceRow]:
-        """Return rows of a figure for 1, 2, 4, … and all members so far."""
-        rows = [row for row in self._rows if row["members"] < self.members]
-        return [*rows, self._row(self._last)]
 
     def _add_logarithmic(self, values: Mapping[str, float]) -> None:
         """Draw lines from the last N to this one over log2 N, with a point at every hundredth."""
@@ -492,10 +480,10 @@ class _Curves:
                 counts = torch.histc(chosen, _BINS, -widest, widest)
                 edges = torch.linspace(-widest, widest, _BINS + 1, dtype=torch.float64)
                 self._add_histogram(f"margins, {decoder}/{bit}-bits", counts, edges)
-        for name, counts in self._scores.items():
-            self._add_histogram(f"standardised deviations/{name}", counts, self._edges)
-            normal = torch.special.ndtr(self._edges).diff() * counts.sum()
-            self._add_histogram("standardised deviations/N(0, 1)", normal, self._edges)
+        for prefix, found in self._standardised.items():
+            self._add_histogram(f"standardised deviations/{_KINDS[prefix][2:]}", found.counts, found.edges)
+            normal = torch.special.ndtr(found.edges).diff() * found.counts.sum()
+            self._add_histogram("standardised deviations/N(0, 1)", normal, found.edges)
 
     def _add_histogram(self, tag: str, counts: Tensor, edges: Tensor) -> None:
         filled = counts.nonzero().flatten()
@@ -515,12 +503,6 @@ class _Curves:
         )
         self._events.add_summary(histogram, self._added)
 
-    def final_metrics(self) -> list[str]:
-        """Return the names of the charts whose last values tell how a run has ended."""
-        names = ("exact from N on", "exact match", "bit accuracy")
-        # TensorBoard shows the first five at first.
-        return ["RMS deviation/measured", *(f"{name}/{decoder}" for name in names for decoder in DECODERS)]
-
 
 class _Rates:
     """Exact match and bit accuracy that are predicted of N members, at the cost of the bits that can be wrong.
@@ -533,7 +515,7 @@ class _Rates:
     def __init__(self, prediction: Prediction, decoder: Decoder) -> None:
         margin = prediction.margins[decoder]
         states, bits = margin.shape
-        variance = prediction.variance.view(states, -1).expand(states, bits).reshape(-1)
+        variance = bit_variance(prediction).reshape(-1)
         flat = margin.reshape(-1)
         scores = (flat / variance.sqrt()).masked_fill(flat.abs() <= TIE, 0.0)
         self._scores, order = scores.sort()
@@ -589,48 +571,11 @@ def _loss_points(losses: Sequence[Sequence[float]]) -> Iterator[tuple[int, dict[
 
 def _hyperparameters(experiment: Experiment) -> dict[str, Any]:
     """Return what runs are compared by: the same five for every task, as TensorBoard shows no more at first."""
-    options = experiment.options
-    return {
-        "task": repr(experiment.task),
-        "width": options.width,
-        "ensemble": options.ensemble,
-        "init": options.init,
-        "labels": options.labels,
-    }
+    saved = experiment.options.saved
+    return {"task": repr(experiment.task), **{name: saved[name] for name in ("width", "ensemble", "init", "labels")}}
 
 
-def _texts(experiment: Experiment) -> dict[str, str]:
-    """Return the options, the certificate and the command, in Markdown."""
-    options = {name: getattr(experiment.options, name) for name in SAVED_OPTIONS}
-    rows = {"task": experiment.task_spec, **experiment.task.options, **options}
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return {
-        "options": f"| option | value |\n| --- | --- |\n{table}",
-        "certificate": _certificate(experiment),
-        "command": f"    {experiment.command_line}",
-    }
-
-
-def _certificate(experiment: Experiment) -> str:
-    """Return what the templates promise of all states, with infinite width."""
-    predictor = experiment.limit.predictor
-    bounds = MatchBounds(experiment.task.templates)
-    bits = experiment.task.layout.bits
-    rows = []
-    for decoder in DECODERS:
-        found = certify(predictor, bounds, decoder)
-        verdict = {True: "yes, without a margin" if found.tie else "yes", False: "no", None: "open"}[found.exact]
-        counts = [found.members(_DELTA), found.members(_DELTA, bits * math.log(2))]
-        members = ["none" if count is None else f"{count:,}" for count in counts]
-        margin = "0" if found.tie and found.exact else f"{found.margin:.4g}"
-        rows.append(f"| {decoder} | {verdict} | {margin} | {members[0]} | {members[1]} |")
-    return "\n".join(
-        [
-            f"What the templates promise of all 2^{bits} states, in infinite width, and the members that suffice for a "
-            f"chance of {1 - _DELTA:.7g}.",
-            "",
-            "| decoder | exact | smallest margin | members for any one state | members for all states |",
-            "| --- | --- | --- | --- | --- |",
-            *rows,
-        ]
-    )
+def _markdown(table: TextTable) -> str:
+    """Return a table in Markdown, below its title."""
+    lines = [table.headings, ["---"] * len(table.headings), *table.rows]
+    return f"{table.title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

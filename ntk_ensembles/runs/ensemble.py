@@ -48,7 +48,7 @@ class Ensemble(TensorStepper):
         self.run = run
         self.indices = tuple(sorted(source.indices))
         self._source = source
-        # A matrix product waits for all cores; where other programs run, that outlasts a step of a few states.
+        # For a few states faster than a matrix product, which waits for all cores.
         self._matcher = SparseMatcher(run.experiment.task.templates)
         self._predictor = run.experiment.predictor
         if memory_bytes is None:
@@ -102,9 +102,9 @@ class Ensemble(TensorStepper):
         Args:
             run: The run that trained the members.
             members: Indices of the members, at least one; see `converged_members`.
-            device: Where to predict; by default on the type that trained the members, or on the CPU if there is none.
-            memory_bytes: Memory that members may take in order to stay in it; by default half of what is free.
-            on_progress: Called with the number of members that have just been brought into memory.
+            device: As in `load`.
+            memory_bytes: As in `load`.
+            on_progress: As in `load`.
 
         Raises:
             StoreError: Damaged weights, or members to be trained again that another type of device has trained.

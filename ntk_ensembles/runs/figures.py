@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import matplotlib
 import torch
@@ -164,10 +165,7 @@ def _draw_exact_match(axes: Axes, rows: Sequence[ConvergenceRow], bands: Mapping
         axes.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
         label = f"{decoder}, infinite width with its 90% band"
         axes.plot(sizes, band.mean.tolist(), "--", color=colour, linewidth=1, label=label)
-        at_width = [row["finite_width_exact_match"] for row in rows]
-        if all(at_width):
-            shares = [values[decoder] for values in at_width if values]
-            axes.plot(sizes, shares, color=colour, linewidth=1, label=f"{decoder}, this width")
+        _draw_theory(axes, sizes, _at_width(rows, decoder), "-", colour, f"{decoder}, this width")
         axes.errorbar(
             sizes,
             [row["exact_match"][decoder] for row in rows],
@@ -180,6 +178,12 @@ def _draw_exact_match(axes: Axes, rows: Sequence[ConvergenceRow], bands: Mapping
         )
     axes.set(ylim=(-0.03, 1.03), ylabel="states decoded exactly")
     _members_axis(axes, sizes)
+
+
+def _at_width(rows: Sequence[ConvergenceRow], decoder: Decoder) -> list[float | None]:
+    """Return the exact match that the members' own width predicts for each row, if it does."""
+    found = [row["finite_width_exact_match"] for row in rows]
+    return [values[decoder] if values else None for values in found]
 
 
 def _draw_deviation(axes: Axes, rows: Sequence[ConvergenceRow]) -> None:
@@ -197,9 +201,9 @@ def _draw_deviation(axes: Axes, rows: Sequence[ConvergenceRow]) -> None:
 def _draw_theory(
     axes: Axes, places: Sequence[int], values: Sequence[float | None], style: str, colour: str, label: str | None = None
 ) -> None:
-    """Draw a line of predictions, unless there is none for some place."""
-    known = [value for value in values if value is not None]
-    if len(known) == len(places):
+    """Draw a line of predictions with gaps where there is none; where there is none at all, no line."""
+    known = [math.nan if value is None else value for value in values]
+    if not all(map(math.isnan, known)):
         axes.plot(places, known, style, color=colour, linewidth=1, label=label)
 
 
@@ -374,23 +378,14 @@ def comparison_charts(curves: Sequence[Curve]) -> list[Chart]:
     Args:
         curves: The runs, at least two.
     """
-    charts = [
+    return [
         Chart(
-            f"exact-match-{decoder}",
-            f"Exact match by {decoder}",
+            f"exact-match-{decoder}" if decoder else "deviation",
+            f"Exact match by {decoder}" if decoder else "Deviation from the NTK mean",
             "Points are measured; lines are the theory of each run's width (solid) and of infinite width (dashed).",
             functools.partial(_draw_compared, curves=curves, decoder=decoder),
         )
-        for decoder in DECODERS
-    ]
-    return [
-        *charts,
-        Chart(
-            "deviation",
-            "Deviation from the NTK mean",
-            "Points are measured; lines are the theory of each run's width (solid) and of infinite width (dashed).",
-            functools.partial(_draw_compared, curves=curves, decoder=None),
-        ),
+        for decoder in (*DECODERS, None)
     ]
 
 
@@ -409,8 +404,7 @@ def _draw_compared(axes: Axes, curves: Sequence[Curve], decoder: Decoder | None)
         else:
             measured = [row["exact_match"][decoder] for row in curve.rows]
             infinite = [row["predicted_exact_match"][decoder] for row in curve.rows]
-            at_width = [row["finite_width_exact_match"] for row in curve.rows]
-            finite = [values[decoder] if values else None for values in at_width]
+            finite = _at_width(curve.rows, decoder)
         _draw_theory(axes, members, infinite, "--", colour)
         _draw_theory(axes, members, finite, "-", colour)
         axes.plot(
@@ -437,12 +431,15 @@ def _explain_lines(axes: Axes) -> None:
     axes.plot([], [], "--", color="grey", linewidth=1, label="theory, infinite width")
 
 
-def width_chart(groups: Sequence[tuple[str, Sequence[tuple[int, Sequence[ConvergenceRow], float | None]]]]) -> Chart:
+WidthRow: TypeAlias = tuple[int, Sequence[ConvergenceRow], float | None]
+"""Width of a run, its convergence rows, and the RMS bias that theory predicts, if it does."""
+
+
+def width_chart(groups: Sequence[tuple[str, Sequence[WidthRow]]]) -> Chart:
     """Return a chart of the deviation against the width, for runs that differ in nothing else.
 
     Args:
-        groups: For each task and kind of members a label and its runs, widths ascending: the width, the convergence
-            rows, and the RMS bias that theory predicts, if it does.
+        groups: A label for each task and kind of members, and its runs, widths ascending.
     """
     return Chart(
         "width",
@@ -454,9 +451,7 @@ def width_chart(groups: Sequence[tuple[str, Sequence[tuple[int, Sequence[Converg
     )
 
 
-def _draw_widths(
-    axes: Axes, groups: Sequence[tuple[str, Sequence[tuple[int, Sequence[ConvergenceRow], float | None]]]]
-) -> None:
+def _draw_widths(axes: Axes, groups: Sequence[tuple[str, Sequence[WidthRow]]]) -> None:
     place = 0
     widths = [width for _, runs in groups for width, _, _ in runs]
     for label, runs in groups:
@@ -606,9 +601,9 @@ def _draw_passings(
         colour, marker = _PALETTE[i], _MARKERS[i]
         ways = [next(way for way in row["ways"] if (way["layers"], way["decoder"]) == key) for row in rows]
         found = [way["passings"][target] for way in ways]
-        _draw_known(axes, bits, [median_passing(one["infinite_width"]) for one in found], "--", colour)
+        _draw_theory(axes, bits, [median_passing(one["infinite_width"]) for one in found], "--", colour)
         at_width = [None if one["at_width"] is None else median_passing(one["at_width"]) for one in found]
-        _draw_known(axes, bits, at_width, "-", colour)
+        _draw_theory(axes, bits, at_width, "-", colour)
         measured = [(place, sorted(filter(None, one["measured"]))) for place, one in zip(bits, found, strict=True)]
         medians = [median_passing(one["measured"]) for one in found]
         drawn = [(place, m, v) for (place, v), m in zip(measured, medians, strict=True) if m is not None]
@@ -629,8 +624,3 @@ def _draw_passings(
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-
-
-def _draw_known(axes: Axes, places: Sequence[int], values: Sequence[float | None], style: str, colour: str) -> None:
-    """Draw a line through the values that are known, with gaps at others."""
-    axes.plot(places, [math.nan if value is None else value for value in values], style, color=colour, linewidth=1)

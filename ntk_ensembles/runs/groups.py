@@ -106,20 +106,15 @@ class Measure:
         return Outcomes.concatenate(parts)
 
     def alone(self, sums: Int64[Tensor, "groups states bits"], members: int) -> Outcomes:
-        """Return the same from a thread that works by itself, as those of `map_members` do.
-
-        Args:
-            sums: Exact sums of their members' deviations, from `exact`.
-            members: Members of each group.
-        """
-        evaluation, count = self.limit.evaluation, len(DECODERS)
+        """Return the same, in the thread that calls; those of `map_members` call it."""
+        evaluation = self.limit.evaluation
         means = mean_of(sums, members)
         found = Outcomes.empty(len(sums))
         for row, mean in enumerate(means):
             found.mean_square[row] = mean.square().mean()
         means += self.limit.mean
-        for column in range(count):
-            right = decode(means, self.limit.thresholds[DECODERS[column]]) == evaluation.next_states
+        for column, decoder in enumerate(DECODERS):
+            right = decode(means, self.limit.thresholds[decoder]) == evaluation.next_states
             right_states = right.all(2)
             found.bits_right[:, column] = right.sum((1, 2))
             found.states_right[:, column] = right_states.sum(1)

@@ -25,7 +25,7 @@ from ntk_ensembles.ensemble.engines import ENGINES
 from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX, one_thread
 from ntk_ensembles.errors import OptionError, check_choice, check_fraction, check_range
 from ntk_ensembles.runs.record import RecordedTask
-from ntk_ensembles.runs.store import fingerprint
+from ntk_ensembles.runs.store import FORMAT, digest, digest_templates
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
 from ntk_ensembles.theory import (
     LAYERS,
@@ -168,6 +168,11 @@ class RunOptions:
         if self.out is not None and self.resume is not None:
             raise ValueError("--out and --resume: expected one of them; a resumed run stays where it is")
 
+    @property
+    def saved(self) -> dict[str, Any]:
+        """Options that belong to the run itself, by their names."""
+        return {name: getattr(self, name) for name in SAVED_OPTIONS}
+
 
 SESSION_OPTIONS = ("out", "resume", "devices", "cohort", "accelerator")
 """Options that hold for one session."""
@@ -197,12 +202,15 @@ class Experiment:
         return self.task.spec if isinstance(self.task, RecordedTask) else task_spec(self.task)
 
     @property
+    def named_options(self) -> dict[str, Any]:
+        """The task, its options and those of the run, by the names of their flags."""
+        return {"task": self.task_spec, **self.task.options, **self.options.saved}
+
+    @property
     def command_line(self) -> str:
         """Command line that trains the same members."""
-        chosen = {name: getattr(self.options, name) for name in SAVED_OPTIONS}
-        usual = {name: RunOptions.__dataclass_fields__[name].default for name in SAVED_OPTIONS}
-        kept = ("width", "ensemble")
-        options = {name: value for name, value in chosen.items() if name in kept or value != usual[name]}
+        usual, kept = RunOptions().saved, ("width", "ensemble")
+        options = {name: value for name, value in self.options.saved.items() if name in kept or value != usual[name]}
         own = {name: value for name, value in self.task.options.items() if value is not None}
         return train_command_line(self.task_spec, own | options)
 
@@ -326,16 +334,20 @@ class Experiment:
         Args:
             device_type: Kind of device that trains the members, "cpu" or "cuda"; by default this machine's.
         """
-        options = self.options
-        found = fingerprint(
-            self.task,
-            self.recipe,
-            self.evaluation,
-            options.evaluation_states,
-            options.evaluation_seed,
-            device_type or self.device.type,
-        )
-        return {**found, "labels": options.labels, "padding": options.padding}
+        evaluation = self.evaluation
+        trajectories = {f"trajectory {i}": states for i, states in enumerate(evaluation.trajectories)}
+        first = ("width", "init", "loss", "precision", "engine", "layers", "seed", "tolerance", "steps")
+        return {
+            "format": FORMAT,
+            "task": self.task.name,
+            "task_options": self.task.options,
+            "templates": digest_templates(self.task.templates),
+            **{name: getattr(self.options, name) for name in (*first, "evaluation_states", "evaluation_seed")},
+            "evaluation_digest": digest({"states": evaluation.states, "matches": evaluation.matches, **trajectories}),
+            "device": device_type or self.device.type,
+            "labels": self.options.labels,
+            "padding": self.options.padding,
+        }
 
 
 def train_command_line(spec: str, options: Mapping[str, Any]) -> str:

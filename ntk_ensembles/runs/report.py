@@ -16,13 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ntk_ensembles.console import Paragraph, Part, TextTable
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.files import read_bytes, write_atomically
 from ntk_ensembles.runs.bits import (
     BitFailures,
+    Deviations,
     bit_failures,
     members_needed,
     output_histogram,
@@ -43,9 +42,8 @@ from ntk_ensembles.runs.figures import (
     standardised_chart,
     width_chart,
 )
-from ntk_ensembles.runs.options import SAVED_OPTIONS
 from ntk_ensembles.runs.plan import MEMBERS_MAX, smallest_reaching
-from ntk_ensembles.runs.results import Results, exact_from, percent, results_of
+from ntk_ensembles.runs.results import Results, exact_from, in_short, percent, results_of, training_in_words
 from ntk_ensembles.runs.run import Run, TaskOrClass, prepare_directory
 from ntk_ensembles.runs.store import STAGES, MemberResults, StoreError
 from ntk_ensembles.theory import DECODERS, Decoder, Prediction, certify_task, certify_width
@@ -81,17 +79,13 @@ class _Reported:
     certificate: dict[str, Any] | str
 
     @cached_property
-    def deviations(self) -> Tensor | None:
+    def deviations(self) -> Deviations | None:
         """Deviations of the converged members; None where none has, or the run does not keep those of each."""
-        kept, converged = self.members.deviations, self.members.converged
-        if kept is None or not bool(converged.any()):
+        members, experiment = self.members, self.run.experiment
+        if members.deviations is None or not bool(members.converged.any()):
             return None
-        return kept if bool(converged.all()) else kept[converged]
-
-    @property
-    def indices(self) -> Tensor:
-        """Indices of the converged members."""
-        return self.members.indices[self.members.converged]
+        kept = members.deviations if bool(members.converged.all()) else members.deviations[members.converged]
+        return Deviations(experiment.limit, experiment.at_width, kept, members.indices[members.converged])
 
     @cached_property
     def needed(self) -> dict[float, dict[Decoder, MembersNeeded]]:
@@ -104,7 +98,7 @@ class _Reported:
         return {
             exact: {
                 decoder: MembersNeeded(
-                    members_needed(rows, experiment.limit, self.deviations, self.indices, decoder, exact),
+                    members_needed(rows, self.deviations, decoder, exact),
                     predicted(experiment.limit, decoder, exact),
                     predicted(experiment.at_width, decoder, exact),
                 )
@@ -172,7 +166,7 @@ def write_report(
     known: dict[str, dict[str, Any] | str] = {}
     for run, label, results in zip(runs, _labels(runs), found, strict=True):
         on_progress(f"comparing with theory: {label}")
-        computed = results_of(run.experiment, results, run.device, run.store.manifest, seconds_total=0.0)
+        computed = results_of(run.experiment, results, run.device)
         certificate: dict[str, Any] | str = "Certificates were not asked for."
         if certificates:
             on_progress(f"searching all states for the worst ones: {run.experiment.task!r}")
@@ -263,14 +257,7 @@ def _certify(run: Run, known: dict[str, dict[str, Any] | str]) -> dict[str, Any]
 
 def _differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return for each run the options in which it differs from another, by name."""
-    described = [
-        {
-            "task": run.experiment.task.name,
-            **run.experiment.task.options,
-            **{name: getattr(run.experiment.options, name) for name in SAVED_OPTIONS},
-        }
-        for run in runs
-    ]
+    described = [run.experiment.named_options | {"task": run.experiment.task.name} for run in runs]
     names = dict.fromkeys(name for options in described for name in options)
     differing = [name for name in names if len({repr(options.get(name)) for options in described}) > 1]
     return [{name: options[name] for name in differing if name in options} for options in described]
@@ -345,12 +332,9 @@ def _size_charts(reported: Sequence[_Reported]) -> list[Chart]:
         if not own:
             continue
         axis, sizes = f"templates of {kind[0]}, k", [one.results["templates"] for one in runs]
-        values = [one.run.experiment.task.options.get(own[0]) for one in runs]
+        values: list[Any] = [one.run.experiment.task.options.get(own[0]) for one in runs]
         if len(own) == 1 and all(type(value) is int for value in values):
-            axis, sizes = (
-                f"{own[0].replace('_', ' ')} of {kind[0]}",
-                [int(value) for value in values if value is not None],
-            )
+            axis, sizes = f"{own[0].replace('_', ' ')} of {kind[0]}", values
         order = sorted(range(len(runs)), key=lambda i: sizes[i])
         needed = {
             exact: {decoder: [runs[i].needed[exact][decoder] for i in order] for decoder in DECODERS}
@@ -418,7 +402,7 @@ def _describe(page: _Page, one: _Reported, prefix: str, members: int | None) -> 
 
 
 def _state_of(one: _Reported) -> list[Part]:
-    """Say what the run is and what of it is not there."""
+    """Return what the run is, and what of it is missing."""
     experiment, results = one.run.experiment, one.results
     rows, failed = results["convergence"], results["training"]["not_converged"]
     parts: list[Part] = [
@@ -432,20 +416,19 @@ def _state_of(one: _Reported) -> list[Part]:
         text = f"Incomplete: {results['members']:,} of {results['members_planned']:,} planned members are finished. "
         parts.append(Paragraph(f"{text}Everything below is of these.", "warning"))
     if failed:
-        named = ", ".join(map(str, failed[:20])) + (" …" if len(failed) > 20 else "")
-        text = f"{len(failed)} of {results['members']} members did not converge and are left out: {named}."
+        text = f"{len(failed)} of {results['members']} members did not converge and are left out: {in_short(failed)}."
         parts.append(Paragraph(text, "warning"))
-    if not rows:
-        parts.append(Paragraph("No member has converged, so there is nothing to compare with theory.", "warning"))
     if not one.recorded:
         text = "There is no results.json of these members: start-up, total time, machine and versions are not known."
         parts.append(Paragraph(text, "warning"))
     if omitted := results["finite_width"]["omitted"]:
         parts.append(Paragraph(f"No theory at width {results['width']:,}: {omitted}.", "note"))
-    if rows:
-        exact = exact_from(rows)
-        text = f"All states are exact by midpoint from N = {exact:,} on, in every group of members." if exact else ""
-        parts.append(Paragraph(text or "Not all states are exact by midpoint, whatever N."))
+    if not rows:
+        parts.append(Paragraph("No member has converged, so there is nothing to compare with theory.", "warning"))
+    elif exact := exact_from(rows):
+        parts.append(Paragraph(f"All states are exact by midpoint from N = {exact:,} on, in every group of members."))
+    else:
+        parts.append(Paragraph("Not all states are exact by midpoint, whatever N."))
     return parts
 
 
@@ -496,25 +479,22 @@ def _needed_table(one: _Reported) -> TextTable:
 
 def _distributions(page: _Page, one: _Reported, prefix: str, members: int | None, level: int) -> None:
     """Add charts of outputs about their thresholds, and of standardised deviations."""
-    assert one.deviations is not None
-    experiment = one.run.experiment
-    limit, at_width, deviations, indices = experiment.limit, experiment.at_width, one.deviations, one.indices
-    sizes = sorted({1, len(deviations) if members is None else members})
+    deviations = one.deviations
+    assert deviations is not None
+    sizes = sorted({1, len(deviations.indices) if members is None else members})
     page.heading("Margins", level)
     page.charts(
-        output_chart(output_histogram(limit, at_width, deviations, indices, size, decoder), decoder, size, prefix)
+        output_chart(output_histogram(deviations, size, decoder), decoder, size, prefix)
         for decoder in DECODERS
         for size in sizes
     )
     page.heading("Standardised deviations", level)
     rows, charts = [], []
     for whose, prediction, name in (
-        ("infinite width", limit, "infinite"),
-        (f"width {one.results['width']:,}", at_width, "finite"),
+        ("infinite width", deviations.limit, "infinite"),
+        (f"width {one.results['width']:,}", deviations.at_width, "finite"),
     ):
-        measured = (
-            [standardised_deviations(limit, prediction, deviations, indices, n) for n in sizes] if prediction else []
-        )
+        measured = [standardised_deviations(deviations, prediction, size) for size in sizes] if prediction else []
         if found := [each for each in measured if each]:
             charts.append(standardised_chart(found, whose, f"{prefix}standardised-{name}"))
             rows += [[whose, f"{each.members:,}", f"{each.mean:.3f}", f"{each.deviation:.3f}"] for each in found]
@@ -529,13 +509,13 @@ def _distributions(page: _Page, one: _Reported, prefix: str, members: int | None
 def _failures(page: _Page, one: _Reported, prefix: str, members: int | None, level: int) -> None:
     """Add which bits are read wrongly, at the largest N at which any is, or at the N that was asked for."""
     assert one.deviations is not None
-    experiment, rows = one.run.experiment, one.results["convergence"]
+    rows = one.results["convergence"]
     page.heading("Failures bit by bit", level)
     found: dict[Decoder, tuple[int, list[BitFailures]]] = {}
     for decoder in DECODERS:
         failing = [row["members"] for row in rows if row["bit_accuracy"][decoder] < 1]
         if size := members or max(failing, default=0):
-            bits = bit_failures(experiment.limit, experiment.at_width, one.deviations, one.indices, size, decoder)
+            bits = bit_failures(one.deviations, size, decoder)
             if any(bit.measured for bit in bits):
                 found[decoder] = (size, bits)
     if found:
@@ -575,14 +555,12 @@ def _failures_table(decoder: Decoder, members: int, bits: Sequence[BitFailures])
     readings = bits[0].readings
     title = (
         f"{decoder}, N = {members:,}: {len(failing)} of {len(bits)} bits were read wrongly, of {readings:,} readings "
+        "each (states times groups of members)"
     )
-    title += "each (states times groups of members)"
     headings = ("bit", "1 read as 0", "0 read as 1", "measured", "infinite width", "this width", "s", "templates")
-    text = "A bit has a line if it was ever read wrongly. Templates: those that set a 1 that was read as 0, with the "
-    text += (
+    text = (
+        "A bit has a line if it was ever read wrongly. Templates: those that set a 1 that was read as 0, with the "
         "number of such readings, and those that can set a 0 that was read as 1, none of which matched. The rates are "
-    )
-    text += (
         "shares of all readings, measured and predicted; s is the number of templates that match the failing states."
     )
     parts: list[Part] = [TextTable(title, headings, rows, words=(0, 7)), Paragraph(text, "note")]
@@ -598,7 +576,7 @@ def _groups_in_words(groups: Mapping[str, int]) -> str:
 
 
 def _time(one: _Reported) -> list[Part]:
-    training, recorded = one.results["training"], one.recorded
+    recorded = one.recorded
     rows = [[name, f"{value:.1f}"] for name, value in one.seconds.items()]
     if recorded:
         rows.append(["total of the last session", f"{recorded['training']['seconds']['total']:.1f}"])
@@ -606,19 +584,12 @@ def _time(one: _Reported) -> list[Part]:
     if recorded and "saving and the rest" not in one.seconds:
         text = "The phases are of several sessions or of processes side by side: together they exceed the last session."
         parts.append(Paragraph(text, "note"))
-    loss = training["relative_loss_max"]
-    worst = "not finite" if loss is None else f"{loss:.1e}"
-    parts.append(Paragraph(f"{training['steps_max']} steps at most; relative loss at most {worst}."))
-    return parts
+    return [*parts, Paragraph(f"{training_in_words(one.results['training'])}.")]
 
 
 def _options(one: _Reported) -> list[Part]:
-    experiment = one.run.experiment
-    values = {"task": experiment.task_spec, **experiment.task.options}
-    values |= {name: getattr(experiment.options, name) for name in SAVED_OPTIONS}
-    parts: list[Part] = [
-        TextTable("Options", ("option", "value"), [[name, str(value)] for name, value in values.items()], words=(0, 1))
-    ]
+    values = [[name, str(value)] for name, value in one.run.experiment.named_options.items()]
+    parts: list[Part] = [TextTable("Options", ("option", "value"), values, words=(0, 1))]
     rows = [[name, value] for name, value in _flat(one.recorded.get("environment", {}))]
     if rows:
         parts.append(TextTable("Where members were trained", ("what", "value"), rows, words=(0, 1)))

@@ -355,14 +355,11 @@ def reproduce(
             "rows": rows,
             "environment": environment(torch.device("cpu"), "float32"),
         }
-        _write(directory / RESULTS, json.dumps(results, allow_nan=False) + "\n")
+        text = json.dumps(results, allow_nan=False) + "\n"
+        write_atomically(directory / RESULTS, functools.partial(Path.write_text, data=text, encoding="utf-8"))
         on_progress(position + 1, f"k = {number} is done")
     save_figure(reproduction_figure(rows, published_passings(), options.width), directory, "members-needed")
     return directory, results
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _begun(out: str | Path | None, options: ReproduceOptions) -> tuple[Path, list[BitsRow]]:

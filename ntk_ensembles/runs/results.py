@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -75,13 +75,7 @@ class Results(TypedDict):
 
 
 def results_of(
-    experiment: Experiment,
-    members: MemberResults,
-    device: torch.device,
-    manifest: Mapping[str, Any],
-    *,
-    seconds_total: float,
-    seconds_startup: float = 0.0,
+    experiment: Experiment, members: MemberResults, device: torch.device, seconds_startup: float = 0.0
 ) -> Results:
     """Return the results that follow from the members so far.
 
@@ -89,30 +83,27 @@ def results_of(
         experiment: What was trained, how, and on what it was evaluated.
         members: All members so far, at least one.
         device: Where members were trained.
-        manifest: The run's fingerprint.
-        seconds_total: Time that the user has waited in this session.
-        seconds_startup: Part of it before training began.
+        seconds_startup: Time that the user had waited when training began, in this session.
     """
     measure, losses = Measure(experiment.limit), members.relative_loss
     blocks = members.summed(measure).blocks
     with one_thread():
         rows = rows_of_blocks(measure, blocks, experiment.at_width)
-    seconds = dict(zip(STAGES, members.seconds.sum(0).tolist(), strict=True))
-    task = experiment.task
+    task, options = experiment.task, experiment.options
     return {
         "task": {"name": task.name, **task.options},
-        "seed": manifest["seed"],
-        "evaluation_seed": manifest["evaluation_seed"],
-        "width": manifest["width"],
+        "seed": options.seed,
+        "evaluation_seed": options.evaluation_seed,
+        "width": options.width,
         "members": len(members),
         "members_planned": len(experiment.planned),
-        "init": manifest["init"],
-        "labels": manifest["labels"],
-        "layers": manifest["layers"],
-        "padding": manifest["padding"],
-        "loss": manifest["loss"],
-        "precision": manifest["precision"],
-        "tolerance": manifest["tolerance"],
+        "init": options.init,
+        "labels": options.labels,
+        "layers": options.layers,
+        "padding": options.padding,
+        "loss": options.loss,
+        "precision": options.precision,
+        "tolerance": options.tolerance,
         "templates": len(task.templates),
         "state_bits": task.layout.bits,
         "evaluation_states": len(experiment.evaluation),
@@ -123,7 +114,9 @@ def results_of(
             "steps_max": int(members.steps.max()),
             "relative_loss_max": float(losses.max()) if bool(losses.isfinite().all()) else None,
             "not_converged": members.indices[~members.converged].tolist(),
-            "seconds": {**seconds, "startup": seconds_startup, "total": seconds_total},
+            "seconds": dict(
+                zip((*STAGES, "startup"), [*members.seconds.sum(0).tolist(), seconds_startup], strict=True)
+            ),
             "peak_memory_bytes": peak_memory_bytes(device),
         },
         "environment": environment(device, str(experiment.recipe.dtype)),
@@ -142,47 +135,49 @@ def _finite_width(experiment: Experiment) -> FiniteWidthResults:
     }
 
 
-def print_report(results: Results, directory: Path, console: Console) -> None:
-    """Print the convergence table, how training went, and where the files are.
+def print_report(results: Results, console: Console) -> None:
+    """Print the convergence tables, and which members are not in them.
+
+    Args:
+        results: Content of ``results.json``.
+        console: Console to print on.
+    """
+    print_rows(results["convergence"], console)
+    print_finite_width(results["convergence"], results["width"], results["finite_width"]["omitted"], console)
+    if failed := results["training"]["not_converged"]:
+        console.print(
+            f"[bold red]{len(failed)} of {results['members']} members did not converge[/bold red] and are left out of "
+            f"every number above: {in_short(failed)}. Try more --steps or a larger --width.",
+            highlight=False,
+        )
+
+
+def print_training(results: Results, directory: Path, console: Console) -> None:
+    """Print how training went, what it took, and where the files are.
 
     Args:
         results: Content of ``results.json``.
         directory: Directory of the run.
         console: Console to print on.
     """
-    print_rows(results["convergence"], console)
-    print_finite_width(results["convergence"], results["width"], results["finite_width"]["omitted"], console)
     training = results["training"]
-    failed = training["not_converged"]
-    if failed:
-        console.print(
-            f"[bold red]{len(failed)} of {results['members']} members did not converge[/bold red] and are left out of "
-            f"every number above: {', '.join(map(str, failed[:20]))}{' …' if len(failed) > 20 else ''}. "
-            "Try more --steps or a larger --width.",
-            highlight=False,
-        )
-    seconds = training["seconds"]
-    stages = ", ".join(f"{name} {seconds[name]:.1f} s" for name in (*STAGES, "startup", "total"))
-    loss = training["relative_loss_max"]
-    worst = "not finite" if loss is None else f"{loss:.1e}"
-    console.print(
-        f"{training['steps_max']} steps at most, relative loss at most {worst}; "
-        f"{stages}; peak memory {training['peak_memory_bytes'] / 2**30:.2f} GiB.",
-        highlight=False,
-    )
+    stages = ", ".join(f"{name} {training['seconds'][name]:.1f} s" for name in (*STAGES, "startup", "total"))
+    memory = f"peak memory {training['peak_memory_bytes'] / 2**30:.2f} GiB"
+    console.print(f"{training_in_words(training)}; {stages}; {memory}.", highlight=False)
     where = f"Results in {directory}; charts: tensorboard --logdir {directory}"
     console.print(where, highlight=False, soft_wrap=True, markup=False)
 
 
-def print_warnings(lines: Sequence[str], console: Console) -> None:
-    """Print what could not be written but is not needed.
+def training_in_words(training: TrainingResults) -> str:
+    """Return how many steps members took and how far they came, as the beginning of a sentence."""
+    loss = training["relative_loss_max"]
+    worst = "not finite" if loss is None else f"{loss:.1e}"
+    return f"{training['steps_max']} steps at most, relative loss at most {worst}"
 
-    Args:
-        lines: Lines, as from `Dashboard.finish`.
-        console: Console to print on.
-    """
-    for line in lines:
-        console.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+def in_short(members: Sequence[int]) -> str:
+    """Return indices of members as text, at most the first twenty."""
+    return ", ".join(map(str, members[:20])) + (" …" if len(members) > 20 else "")
 
 
 def print_rows(rows: Sequence[ConvergenceRow], console: Console, decoders: Sequence[Decoder] = DECODERS) -> None:

@@ -101,9 +101,8 @@ class Run:
 
     def write_config(self) -> None:
         """Write the options, as ``--config`` and ``--resume`` take them back."""
-        experiment = self.experiment
-        saved = {name: getattr(experiment.options, name) for name in SAVED_OPTIONS}
-        values = {"task": experiment.task_spec, **self.store.manifest["task_options"], **saved}
+        # The task's as JSON gives them back.
+        values = self.experiment.named_options | self.store.manifest["task_options"]
         self.store.write_text("config.yaml", options_text(values))
 
     def difference(self, experiment: Experiment, device_type: str | None = None) -> str | None:
@@ -120,22 +119,13 @@ class Run:
         """Kind of device that trains its members."""
         return torch.device("cuda" if self.store.manifest.get("device") == "cuda" else "cpu")
 
-    @property
-    def has_deviations(self) -> bool:
-        """Whether the deviations of every finished member are kept; `member_results` then returns them.
-
-        Raises:
-            StoreError: A file is damaged.
-        """
-        return self.store.has_deviations
-
     def member_results(self) -> MemberResults:
         """Return the results of all finished members, with their deviations if those of all of them are kept.
 
         Raises:
             StoreError: A file is damaged, or two have a member in common.
         """
-        if not self.has_deviations:
+        if not self.store.has_deviations:
             return self.summary()
         shape = self._shape
         return self.store.together([MemberResults.empty(*shape), *self.store.parts(*shape)])
@@ -197,27 +187,18 @@ class Run:
         finished = self.store.finished()
         return [index for index in self.experiment.planned if index not in finished]
 
-    def write_results(self, results: MemberResults, *, seconds_total: float, seconds_startup: float = 0.0) -> Results:
-        """Write ``results.json`` for the members so far, and return the results.
+    def write_results(self, results: Results, started_at: float) -> None:
+        """Write ``results.json``, with the time until now as that which the user has waited.
 
         Args:
-            results: All members so far, at least one, as from `summary` or `member_results`.
-            seconds_total: Time that the user has waited in this session.
-            seconds_startup: Part of it before training began.
+            results: What follows from the members so far; ``total`` is set in its seconds.
+            started_at: When the user began to wait, as from `time.time`.
 
         Raises:
             SaveError: The file cannot be written.
         """
-        found = results_of(
-            self.experiment,
-            results,
-            self.device,
-            self.store.manifest,
-            seconds_total=seconds_total,
-            seconds_startup=seconds_startup,
-        )
-        self.store.write_text("results.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
-        return found
+        results["training"]["seconds"]["total"] = time.time() - started_at
+        self.store.write_text("results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
@@ -336,7 +317,7 @@ def merge_runs(directories: Sequence[Path], out: str | None = None) -> tuple[Run
     """Put the finished members of several runs into a new one.
 
     The new run is as if one run had trained them all: from the first to the last member, with what is missing
-    between them left to ``--resume``.
+    between them left to ``--resume``. Files of sums over aligned groups that make up larger ones are joined.
 
     Args:
         directories: Directories of runs of the same options, with no member in common; at least two.
@@ -350,7 +331,7 @@ def merge_runs(directories: Sequence[Path], out: str | None = None) -> tuple[Run
             `StoreError` is one.
         SaveError: The new directory cannot be written.
     """
-    started_at = time.perf_counter()
+    started_at = time.time()
     if len(directories) < 2:
         raise ValueError(f"{len(directories)} run directories: expected at least 2 to merge")
     runs = [Run.open(directory) for directory in directories]
@@ -380,10 +361,11 @@ def merge_runs(directories: Sequence[Path], out: str | None = None) -> tuple[Run
             for path in files:
                 copy = merged.directory / path.relative_to(run.directory)
                 write_atomically(copy, functools.partial(shutil.copyfile, path), follow=False)
-        results.append(merged.write_results(merged.summary(), seconds_total=time.perf_counter() - started_at))
+        merged.store.join_all(merged.measure)
+        results.append(results_of(experiment, merged.summary(), merged.device))
+        merged.write_results(results[0], started_at)
 
     results: list[Results] = []
     experiment = dataclasses.replace(first_run.experiment, options=options)
     with _begun(experiment, out, first_run.device.type, fill) as merged:
-        pass
-    return merged, results[0]
+        return merged, results[0]

@@ -36,11 +36,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ntk_ensembles.ensemble import MemberStatus, Recipe
+from ntk_ensembles.ensemble import MemberStatus
 from ntk_ensembles.ensemble.network import MEMBER_MAX
 from ntk_ensembles.files import read_bytes, write_atomically
 from ntk_ensembles.runs.groups import OUTCOMES, Block, Measure, Outcomes, blocks_of, joined, sibling_of
-from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.templates import TemplateSet
 from ntk_ensembles.theory import DECODERS
 
@@ -218,46 +217,6 @@ _TASK_SCHEMA: Schema = {
 }
 
 
-def fingerprint(
-    task: Task[Any, Any], recipe: Recipe, evaluation: EvaluationSet, states: int, seed: int, device_type: str
-) -> dict[str, Any]:
-    """Return everything that the numbers of a member depend on, in plain values, by the names of the options.
-
-    Args:
-        task: What is learned.
-        recipe: How members are made.
-        evaluation: States that they are evaluated on.
-        states: Number of these that was asked for.
-        seed: Seed of their draw.
-        device_type: Kind of device that trains the members, "cpu" or "cuda".
-    """
-    return {
-        "format": FORMAT,
-        "task": task.name,
-        "task_options": task.options,
-        "templates": _digest_templates(task.templates),
-        "width": recipe.width,
-        "init": recipe.init,
-        "loss": recipe.descent.loss,
-        "precision": recipe.precision,
-        "engine": recipe.descent.engine,
-        "layers": recipe.descent.layers,
-        "seed": recipe.seed,
-        "tolerance": recipe.descent.tolerance,
-        "steps": recipe.descent.steps_max,
-        "evaluation_states": states,
-        "evaluation_seed": seed,
-        "evaluation_digest": digest(
-            {
-                "states": evaluation.states,
-                "matches": evaluation.matches,
-                **{f"trajectory {i}": states for i, states in enumerate(evaluation.trajectories)},
-            }
-        ),
-        "device": device_type,
-    }
-
-
 def first_difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
     """Return the first thing in which two fingerprints differ, in words; None if they are equal."""
     for name in [*here, *(name for name in there if name not in here)]:
@@ -292,7 +251,8 @@ def digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None
     return summed.hexdigest()
 
 
-def _digest_templates(templates: TemplateSet) -> str:
+def digest_templates(templates: TemplateSet) -> str:
+    """Return the SHA-256 of what templates require and set, whatever they are called."""
     rules = [[sorted(rule.ones), sorted(rule.zeros), sorted(rule.sets)] for rule in templates.templates]
     return hashlib.sha256(json.dumps([templates.layout.bits, rules]).encode()).hexdigest()
 
@@ -452,6 +412,21 @@ class RunStore:
                 path.unlink(missing_ok=True)
             first, members = min(first, other), 2 * members
 
+    def join_all(self, measure: Measure) -> None:
+        """Join the files of all aligned groups that make up larger ones, as `join` does.
+
+        Args:
+            measure: What decodes the means of groups.
+
+        Raises:
+            SaveError: The disk is full, or the directory cannot be written; what was finished is intact.
+            StoreError: A damaged file.
+        """
+        for path in self.result_files():
+            members = _members_named(path)
+            # Those that have been joined meanwhile are not there.
+            self.join(members[0], len(members), measure)
+
     def files(self) -> list[Path]:
         """Return the files of finished members: weights first, then the results with which they count."""
         return [*self.weight_files(), *self.result_files()]
@@ -478,7 +453,7 @@ class RunStore:
 
     @property
     def has_deviations(self) -> bool:
-        """Whether the deviations of every finished member are there, as far as names of tensors say.
+        """Whether the deviations of every finished member are kept, as far as names of tensors say.
 
         Raises:
             StoreError: A damaged file.

@@ -37,8 +37,7 @@ from ntk_ensembles.runs import (
     Run,
     RunOptions,
     begin_or_resume,
-    print_report,
-    print_warnings,
+    results_of,
 )
 from ntk_ensembles.runs.groups import aligned_blocks, rounded_deviations
 from ntk_ensembles.runs.store import lock, wait_for_lock
@@ -190,16 +189,15 @@ def _lead(
             meeting.tell(plan and dataclasses.astuple(plan))
         meeting.wait()
         _announce(run, missing, size, processes, console)
-        dashboard = Dashboard(run.store, run.experiment, [extras.logger] if extras.logger else [])
+        dashboard = Dashboard(run, [extras.logger] if extras.logger else [])
         extras = dataclasses.replace(extras, dashboard=dashboard)
         reason, status = _train_missing(run, plan, launch, console, extras)
         with console.status("working out the statistics …"):
             results = run.member_results()
             if len(results):
-                total = time.time() - started_at
-                found = run.write_results(results, seconds_total=total, seconds_startup=called_at - started_at)
-                print_report(found, run.directory, console)
-                print_warnings(dashboard.finish(results, found), console)
+                found = results_of(run.experiment, results, run.device, called_at - started_at)
+                run.write_results(found, started_at)
+                dashboard.conclude(results, found, console, started_at)
         if reason is not None:
             raise Interrupted(reason, status, run.directory, len(results), options.ensemble)
         return found

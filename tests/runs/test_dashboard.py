@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.data_ingester import DEFAULT_TENSOR_SIZE_GUIDANCE
@@ -28,7 +29,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment
 
 from ntk_ensembles import Addition, RunOptions, train
 from ntk_ensembles.runs import Run, dashboard, merge_runs
-from ntk_ensembles.theory import DECODERS
+from ntk_ensembles.theory import DECODERS, certify_task
 
 QUIET = Console(quiet=True)
 OPTIONS = RunOptions(width=512, ensemble=9, cohort=4, evaluation_states=60, tolerance=1e-4)
@@ -198,6 +199,16 @@ def test_texts_and_pictures(logdir: Path) -> None:
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in tags}
     assert "| width | 256 |" in texts["options"]
     assert "| midpoint | yes |" in texts["certificate"]
+    # The sign decoder has ties here: exact in the limit, and no number of members suffices.
+    certificate = certify_task(Addition(3))["decoders"]
+    for decoder, verdict in (("midpoint", "yes"), ("sign", "yes, without a margin")):
+        (line,) = [line for line in texts["certificate"].splitlines() if line.startswith(f"| {decoder} |")]
+        cells, found = [cell.strip() for cell in line.split("|")[2:6]], certificate[decoder]
+        assert cells[0] == verdict
+        assert found["all_states"]["exact"]
+        assert float(cells[1].removesuffix(" (*)")) == pytest.approx(found["all_states"]["margin"], rel=1e-3, abs=1e-9)
+        expected = [found["members"][scope] for scope in ("one_state", "all_states")]
+        assert cells[2:] == ["none" if n is None else f"{n:,}" for n in expected]
     assert texts["command"].split()[:4] == ["ntk-ensembles", "train", "--task", "addition"]
     assert "--width 256" in texts["command"]
     for tag in ("convergence/exact-match", "convergence/deviation"):
@@ -212,7 +223,7 @@ def test_a_resumed_and_a_merged_run_have_the_charts_of_an_uninterrupted_one(logd
     train(Addition(3), dataclasses.replace(OPTIONS, resume=str(resumed)), console=QUIET)
     parts = [trained(tmp_path / "a", ensemble=4), trained(tmp_path / "b", first_member=4, ensemble=5)]
     merged, results = merge_runs(parts, str(tmp_path / "merged"))
-    assert dashboard.Dashboard(merged.store, merged.experiment).finish(merged.member_results(), results) == []
+    assert dashboard.Dashboard(merged).finish(merged.member_results(), results) == []
     expected = scalars(logdir / "wide")
     assert scalars(resumed) == scalars(merged.directory) == expected
 
@@ -231,7 +242,7 @@ def test_a_run_of_sums_has_the_charts_that_a_session_sees_and_the_rows_of_the_re
         trained(tmp_path / "b", first_member=4, ensemble=5, keep_deviations="sums"),
     ]
     merged, results = merge_runs(parts, str(tmp_path / "merged"))
-    assert dashboard.Dashboard(merged.store, merged.experiment).finish(merged.member_results(), results) == []
+    assert dashboard.Dashboard(merged).finish(merged.member_results(), results) == []
     rows = json.loads((logdir / "wide" / "results.json").read_text())["convergence"]
     assert [row["members"] for row in rows] == [1, 2, 4, 8, 9]
     for directory in (resumed, merged.directory):
@@ -263,7 +274,7 @@ def test_a_session_of_sums_goes_on_with_rows_where_its_members_end(tmp_path: Pat
     """Members 0 to 3 of this session, then four of another: points at 1, 2, 3, 4, and at 8."""
     run = Run.open(trained(tmp_path / "run", ensemble=8, keep_deviations="sums"))
     first = Run.open(trained(tmp_path / "first", ensemble=4)).member_results()
-    board = dashboard.Dashboard(run.store, run.experiment)
+    board = dashboard.Dashboard(run)
     board.cohort_done(first)
     results = json.loads((run.directory / "results.json").read_text())
     assert board.finish(run.member_results(), results) == []
@@ -295,11 +306,27 @@ def test_charts_are_written_while_the_run_goes_on(
     assert scalars(tmp_path / "run") == whole
 
 
+def test_the_last_members_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two panels after the first of two cohorts; and at the end again, with the figure of the directory."""
+    drawn: list[str] = []
+    savefig = Figure.savefig
+
+    def counted(figure: Figure, *arguments: Any, **options: Any) -> None:
+        drawn.append(figure.get_suptitle() or figure.axes[0].get_title())
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", counted)
+    monkeypatch.setattr(dashboard, "_SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr(dashboard, "_SHARE_OF_TIME", 1e9)
+    trained(tmp_path / "run", ensemble=8)
+    assert [int(title.split()[-2]) for title in drawn] == [4, 4, 8, 8, 8]
+
+
 def test_members_of_other_processes_follow_when_those_before_them_have_finished(logdir: Path) -> None:
     """A process that leads sees its own cohorts, and finds those of the others in the directory."""
     run = Run.open(logdir / "wide")
     members = run.member_results()
-    board = dashboard.Dashboard(run.store, run.experiment)
+    board = dashboard.Dashboard(run)
     board._write_at = math.inf
     cohorts = [run.store.load_file(path, *run.experiment.limit.mean.shape) for path in run.store.result_files()]
     board.cohort_done(cohorts[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ntk_ensembles.cli.main import main
-from ntk_ensembles.runs import Dashboard, Ensemble, Experiment, Run, RunOptions, StoreError
+from ntk_ensembles.runs import Dashboard, Ensemble, Experiment, Run, RunOptions, StoreError, results_of
 from ntk_ensembles.runs.run import prepare_directory
 from ntk_ensembles.runs.store import digest
 from ntk_ensembles.tasks import Addition
@@ -123,10 +124,11 @@ def test_losses_that_are_no_numbers_are_told_and_not_charted(tmp_path: Path) -> 
     losses[first - 1], relative[0] = torch.inf, torch.inf
     converged = torch.tensor([False, True, True])
     spoilt = dataclasses.replace(members, losses=losses, relative_loss=relative, converged=converged)
-    results = opened.write_results(spoilt, seconds_total=1.0)
+    results = results_of(opened.experiment, spoilt, opened.device)
+    opened.write_results(results, time.time())
     assert results["training"]["relative_loss_max"] is None
     assert json.loads((opened.directory / "results.json").read_text())["training"]["not_converged"] == [0]
-    assert Dashboard(opened.store, opened.experiment).finish(spoilt, results) == []
+    assert Dashboard(opened).finish(spoilt, results) == []
     events = EventAccumulator(str(opened.directory))
     events.Reload()
     values = [event.value for event in events.Scalars("log10 training loss by 10 step/worst")]

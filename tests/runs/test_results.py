@@ -11,7 +11,7 @@ from rich.console import Console
 from ntk_ensembles.ensemble import MemberStatus
 from ntk_ensembles.runs import Experiment, MemberResults, RunOptions
 from ntk_ensembles.runs.figures import convergence_figure
-from ntk_ensembles.runs.results import exact_from, print_finite_width, print_report, results_of
+from ntk_ensembles.runs.results import exact_from, print_finite_width, print_report, print_training, results_of
 from ntk_ensembles.tasks import Addition
 from ntk_ensembles.theory import DECODERS, FiniteWidth, WidthPrediction
 
@@ -45,7 +45,9 @@ def test_it_never_rounds_to_all_or_none_and_names_failures() -> None:
     text = StringIO()
     results = {"members": 8, "convergence": [row(1, 0.5), row(2, 1.0)], "training": training, "width": 64}
     results["finite_width"] = {"omitted": None}
-    print_report(results, Path("here"), Console(file=text, width=120))
+    console = Console(file=text, width=120)
+    print_report(results, console)
+    print_training(results, Path("here"), console)
     printed = " ".join(text.getvalue().split())
     assert "50% (<100%)" in printed
     assert ">0% (0%)" in printed
@@ -79,8 +81,7 @@ def test_results_hold_the_members_own_width_where_it_is_valid() -> None:
         members = MemberResults.from_cohort(
             range(4), [MemberStatus(False, True, 0, [1.0, 0.0])] * 4, deviations, [0.0] * 3
         )
-        manifest = experiment.fingerprint()
-        results = results_of(experiment, members, torch.device("cpu"), manifest, seconds_total=0.0)
+        results = results_of(experiment, members, torch.device("cpu"))
         finite = results["finite_width"]
         assert finite["movement"] == pytest.approx(FiniteWidth(experiment.limit.predictor, width).movement)
         assert (finite["omitted"] is None) == valid

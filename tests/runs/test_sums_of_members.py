@@ -65,8 +65,8 @@ def test_results_are_those_of_members_whose_deviations_are_kept(each: Path, sums
     assert numbers(sums) == numbers(each)
     # The largest group without one of those that failed is of two.
     assert [row["members"] for row in numbers(sums)["convergence"]] == [1, 2, 8]
-    assert Run.open(each).has_deviations
-    assert not Run.open(sums).has_deviations
+    assert Run.open(each).store.has_deviations
+    assert not Run.open(sums).store.has_deviations
     assert Run.open(each).member_results().deviations is not None
     assert Run.open(sums).member_results().deviations is None
 
@@ -111,7 +111,7 @@ def test_a_run_that_kept_deviations_grows_to_one_of_sums(tmp_path: Path) -> None
     train(TASK, more, console=QUIET)
     assert numbers(grown) == numbers(run(tmp_path / "whole", ensemble=24))
     opened = Run.open(grown)
-    assert not opened.has_deviations
+    assert not opened.store.has_deviations
     assert opened.member_results().deviations is None
     assert len(opened.member_results()) == 24
 
@@ -125,8 +125,23 @@ def test_parts_are_merged(tmp_path: Path) -> None:
         run(tmp_path / "c", ensemble=5, first_member=11, keep_deviations="sums"),
     ]
     merged, _ = merge_runs(parts, str(tmp_path / "merged"))
+    # Of 0 to 4, 8 to 10 and 11 to 15, these are the aligned groups that all members of sums fill.
+    assert members_in(merged.directory) == [(0, 3), (4, 4), (8, 10), (11, 11), (12, 15)]
     train(TASK, RunOptions(**{**vars(merged.experiment.options), "resume": str(merged.directory)}), console=QUIET)
     assert numbers(merged.directory) == numbers(whole)
+
+
+def test_files_of_parts_are_joined_as_one_run_would_have(tmp_path: Path) -> None:
+    """Quarters in any order become one file, and a gap leaves what is beside it apart."""
+    whole = run(tmp_path / "whole", ensemble=16, keep_deviations="sums")
+    quarters = [run(tmp_path / f"{i}", ensemble=4, first_member=i, keep_deviations="sums") for i in (8, 0, 12, 4)]
+    merged, _ = merge_runs(quarters, str(tmp_path / "merged"))
+    assert members_in(merged.directory) == members_in(whole) == [(0, 15)]
+    assert numbers(merged.directory) == numbers(whole)
+    (first, second) = (load_file(*(directory / "checkpoints").iterdir()) for directory in (whole, merged.directory))
+    assert all(torch.equal(first[name], second[name]) for name in first if name != "seconds")
+    apart, _ = merge_runs(quarters[:3], str(tmp_path / "apart"))
+    assert members_in(apart.directory) == [(0, 3), (8, 15)]
 
 
 def test_files_that_a_killed_join_has_left_do_not_count(tmp_path: Path) -> None:
