@@ -55,6 +55,10 @@ _POINTS_A_STEP = 10
 _POINTS_MAX = 1000
 """Points that TensorBoard keeps of a chart."""
 
+_EVERY_N_MAX = 1024
+"""Largest ensemble up to which every N has a point. From there on every second one has, from twice as many every
+fourth, and so on: a point takes a thousandth of a second, and TensorBoard shows no more of them."""
+
 _CERTAIN_SCORE = 9.0
 """Margin in standard deviations from which a bit is never wrong: its chance is 1e-19."""
 
@@ -112,10 +116,10 @@ class Dashboard:
     """The charts and figures of one run.
 
     Charts against N are of the mean of the first N members, in the order of their indices, without those that did not
-    converge: a point for every N, as soon as all members before it have finished. Where only sums of deviations are
-    kept, these are the N up to the first member of another process or of an earlier session. Beyond them there are at
-    the end the rows of results, of N = 2^j and of all members, which are means over groups. Histograms are of the
-    former alone.
+    converge, as soon as all members before have finished. Every N up to 1,024 has a point, every second one up to
+    2,048, every fourth up to 4,096 and so on, and the last. Where only sums of deviations are kept, these are the N up
+    to the first member of another process or of an earlier session. Beyond them there are at the end the rows of
+    results, of N = 2^j and of all members, which are means over groups. Histograms are of the former alone.
 
     Args:
         run: The run.
@@ -231,6 +235,8 @@ class Dashboard:
             raise self._failed
         self._take(members, past_gaps=True)
         assert self._curves is not None
+        for values in self._curves.add_last():
+            self._log(values)
         if members.deviations is None:
             for row in rows:
                 if row["members"] > self._curves.members:
@@ -260,6 +266,7 @@ class Dashboard:
             for logger in self._loggers:
                 logger.log_hyperparams(_hyperparameters(self._experiment))
         losses = torch.split(members.losses, members.loss_counts.tolist())
+        rows = []
         for row, index in enumerate(members.indices.tolist()):
             if index < self._next:
                 continue
@@ -267,8 +274,11 @@ class Dashboard:
                 break
             self._next = index + 1
             self._losses.append(losses[row].tolist())
-            if members.converged[row] and members.deviations is not None:
-                self._log(self._curves.add(members.deviations[row]))
+            if members.converged[row]:
+                rows.append(row)
+        if members.deviations is not None:
+            for values in self._curves.add(members.deviations[rows]):
+                self._log(values)
 
     def _log(self, values: dict[str, float]) -> None:
         assert self._curves is not None
@@ -374,20 +384,28 @@ class _Curves:
         }
         self._standardised = {prefix: StandardisedDeviations(known) for prefix, known in self._predictions.items()}
 
-    def add(self, deviation: Float[Tensor, "states bits"]) -> dict[str, float]:
-        """Add one member, and return the values of its N by the names of the charts.
+    def add(self, deviations: Float[Tensor, "members states bits"]) -> Iterator[dict[str, float]]:
+        """Add members, and yield the values of each N that has a point by the names of the charts.
 
         Args:
-            deviation: Its outputs minus the NTK mean.
+            deviations: Their outputs minus the NTK mean.
         """
-        self._added += 1
-        self._total += deviation
-        for prefix, found in self._standardised.items():
-            found.add(deviation[self._states[prefix]])
-        values = self.add_row(self._row())
-        if self._added & (self._added - 1) == 0:
-            self.add_histograms()
-        return values
+        while len(deviations):
+            spacing = 1 << (self._added // _EVERY_N_MAX).bit_length()
+            some, deviations = deviations.tensor_split([spacing - self._added % spacing])
+            self._added += len(some)
+            self._total += some.sum(0, dtype=self._total.dtype)
+            for prefix, found in self._standardised.items():
+                found.add(some[:, self._states[prefix]])
+            if self._added % spacing == 0:
+                yield self.add_row(self._row())
+                if self._added.bit_count() == 1:
+                    self.add_histograms()
+
+    def add_last(self) -> Iterator[dict[str, float]]:
+        """Yield the values of the last N, if it has no point yet."""
+        if self._added > self.members:
+            yield self.add_row(self._row())
 
     def add_row(self, row: ConvergenceRow) -> dict[str, float]:
         """Add a point for a larger N than the last, and return its values by the names of the charts.

@@ -104,6 +104,22 @@ def test_every_number_of_members_has_a_point(name: str, logdir: Path) -> None:
     assert charts["exact match/sign"][9] == pytest.approx(rows[-1]["exact_match"]["sign"])
 
 
+@pytest.mark.parametrize("cohort", [1, 3, 13])
+def test_large_ensembles_have_fewer_points(cohort: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every N up to 4, every second up to 8, every fourth up to 16, and the last; whatever the cohorts were."""
+    monkeypatch.setattr(dashboard, "_EVERY_N_MAX", 4)
+    run = Run.open(trained(tmp_path / "run", ensemble=13, cohort=cohort, width=128))
+    deviations = run.member_results().deviations.double()
+    found = scalars(run.directory)["RMS deviation/measured"]
+    assert found == {
+        n: pytest.approx(float(deviations[:n].mean(0).square().mean().sqrt())) for n in (1, 2, 3, 4, 6, 8, 12, 13)
+    }
+    histograms = read(run.directory).Histograms("standardised deviations/infinite width")
+    totals = [sum(event.histogram_value.bucket) for event in histograms]
+    assert [event.step for event in histograms] == [1, 2, 4, 8, 13]
+    assert totals == pytest.approx([n * totals[0] for n in (1, 2, 4, 8, 13)])
+
+
 def test_a_logarithmic_chart_passes_through_every_number_of_members(logdir: Path) -> None:
     charts = scalars(logdir / "wide")
     for decoder in DECODERS:
