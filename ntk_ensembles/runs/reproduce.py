@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from ntk_ensembles.ensemble import DescentOptions, Recipe, choose_cohort, predict, train_members
+from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX
 from ntk_ensembles.errors import OptionError, check_range
 from ntk_ensembles.files import read_bytes, write_atomically
 from ntk_ensembles.runs.plan import smallest_reaching
@@ -81,10 +82,10 @@ class ReproduceOptions:
         Raises:
             OptionError: An option is outside its range.
         """
-        check_range("width", self.width, 1, 1 << 24)
+        check_range("width", self.width, 1, WIDTH_MAX)
         check_range("sequences", self.sequences, 1, 1000)
         check_range("members_max", self.members_max, 1, MEMBERS_MAX)
-        check_range("seed", self.seed, 0, (1 << 63) - 1)
+        check_range("seed", self.seed, 0, SEED_MAX)
 
 
 class Passings(TypedDict):
