@@ -144,17 +144,18 @@ def _is_batch(left: Tensor, right: Tensor) -> bool:
 def _by_batches(left: Float[Tensor, "members rows inner"], right: Float[Tensor, "members inner columns"]) -> Tensor:
     """Return ``left @ right`` of small members.
 
-    How MKL rounds depends on the number of members in a batch, on their layout and on whether their memory begins at
-    a multiple of 64 bytes. So batches always have the same number of members and all sizes are multiples of four,
-    filled up with zeros. Then a member's numbers do not depend on how many others there are.
+    How MKL rounds depends on the number of members in a batch, on their layout, and on whether the matrices of a member
+    begin at a multiple of 64 bytes. So all batches have the same number of members, and all sizes are multiples of
+    four: 16 numbers are 64 bytes. What is missing is filled up with zeros. Then a member's numbers do not depend on
+    the others.
     """
     size = members_together(left.shape[-2], left.shape[-1], right.shape[-1])
     products = [
         torch.bmm(*(_filled_up(factor[start : start + size], size) for factor in (left, right)))
         for start in range(0, len(left), size)
     ]
-    product = products[0] if len(products) == 1 else torch.cat(products)
-    return product[: len(left), : left.shape[1], : right.shape[2]]
+    result = products[0] if len(products) == 1 else torch.cat(products)
+    return result[: len(left), : left.shape[1], : right.shape[2]]
 
 
 def _filled_up(factor: Float[Tensor, "members rows columns"], members: int) -> Float[Tensor, "_ _ _"]:
@@ -170,8 +171,8 @@ def _filled_up(factor: Float[Tensor, "members rows columns"], members: int) -> F
 
 
 def _takes_onednn(left: Tensor, right: Tensor) -> bool:
-    stored_already = left.is_mkldnn or right.is_mkldnn
-    return stored_already or _gains_by_onednn(left, right.shape[-1])
+    is_stored = left.is_mkldnn or right.is_mkldnn
+    return is_stored or _gains_by_onednn(left, right.shape[-1])
 
 
 def _gains_by_onednn(factor: Tensor, others: int) -> bool:
