@@ -43,7 +43,7 @@ from ntk_ensembles.theory import (
 )
 
 _SECONDS_BETWEEN_WRITES = 5.0
-_SHARE_OF_TIME = 0.05
+_SHARE_OF_TIME = 0.03
 """Most of a session's time that writing between cohorts may take."""
 
 _STEPS_AN_OCTAVE = 100
