@@ -25,6 +25,8 @@ from ntk_ensembles.runs import Run, RunStore, StoreError
 from ntk_ensembles.runs import store as store_of_runs
 from ntk_ensembles.training import stream
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).parents[2]
 SMALL = ["--task", "addition", "--bits", "3", "--width", "256", "--evaluation-states", "40", "--tolerance", "1e-4"]
 

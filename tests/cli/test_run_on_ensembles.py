@@ -13,6 +13,8 @@ from ntk_ensembles.cli.run import run_command
 from ntk_ensembles.computer import find_program
 from ntk_ensembles.tasks import Machine, MachineState
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -21,6 +21,8 @@ from ntk_ensembles.runs.store import digest
 from ntk_ensembles.tasks import Addition
 from ntk_ensembles.training import train
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 QUIET = Console(quiet=True)
 SMALL: dict[str, Any] = {"width": 64, "ensemble": 3, "evaluation_states": 20, "tolerance": 0.01}
 

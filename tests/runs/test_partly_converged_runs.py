@@ -25,6 +25,8 @@ from ntk_ensembles.tasks import Addition, EvaluationSet
 from ntk_ensembles.theory import DECODERS, LimitPrediction
 from ntk_ensembles.training import train
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TASK = Addition(3)
 FIRST, MEMBERS, WIDTH, STEPS, STATES = 7, 12, 48, 5, 60
 INDICES = range(FIRST, FIRST + MEMBERS)

@@ -20,6 +20,8 @@ from ntk_ensembles.runs import Experiment, Run, StoreError, merge_runs
 from ntk_ensembles.runs.options import DEVIATIONS_BUDGET_BYTES
 from ntk_ensembles.runs.store import digest
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TASK = Addition(2)
 QUIET = Console(quiet=True)
 SMALL: dict[str, Any] = {"width": 64, "evaluation_states": 20, "tolerance": 1e-2}

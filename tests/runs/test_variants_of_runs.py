@@ -16,6 +16,8 @@ from ntk_ensembles.errors import OptionError
 from ntk_ensembles.runs import Experiment, StoreError, merge_runs
 from ntk_ensembles.theory import TemplatePredictor, decode
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 QUIET = Console(quiet=True)
 TASK = Addition(3)
 SIZE, PADDING = len(TASK.templates), 4

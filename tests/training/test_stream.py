@@ -18,6 +18,8 @@ from ntk_ensembles.ensemble import Recipe, train_members
 from ntk_ensembles.runs import Experiment
 from ntk_ensembles.training import stream
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 OPTIONS = RunOptions(width=256, ensemble=5, cohort=2, evaluation_states=40, tolerance=1e-4)
 QUIET = Console(quiet=True)
 
