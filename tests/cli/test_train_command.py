@@ -1,11 +1,8 @@
 """The main job as a user runs it."""
 
 import json
-import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -168,28 +165,6 @@ def test_the_script_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Results in" in done.stdout
     assert "Traceback" not in done.stderr
-
-
-def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), "--task", "addition", "--cohort", "2", "--ensemble", "9999"]
-    running = subprocess.Popen(
-        [*command, "--out", str(out)],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # Tests that run in the background of a shell ignore Ctrl-C, and so would their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/members-*")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    _, complaint = running.communicate(timeout=120)
-    assert running.returncode == 130, complaint
-    assert re.search(r"interrupted; \d+ of 9999 members are finished and kept. Resume with --resume ", complaint)
-    for shard in out.glob("checkpoints/*"):
-        assert load_file(shard)["converged"].all()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
