@@ -142,7 +142,8 @@ class _Backend:
 def run_command(arguments: list[str], prog: str) -> int:
     """Execute programs; the exit status is 0 if all halted without a wrong bit, else 1."""
     values = _parser(prog).parse(arguments)
-    names, settings = values.pop("program"), values.pop("set")
+    # Without a default, which jsonargparse 4.46 does not allow here.
+    names, settings = values.pop("program") or [], values.pop("set")
     options = ExecutionOptions(**values)
     _check_together(options, names, settings)
     run = _open_run(options) if options.trained else None
@@ -162,7 +163,6 @@ def _parser(prog: str) -> Parser:
     parser.add_argument(
         "program",
         nargs="*",
-        default=[],
         help="A program of the library, or a file: assembly (.asm), or decimal words (.dec, .sq). Several are run side "
         "by side and print JSON lines.",
     )
