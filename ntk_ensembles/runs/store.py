@@ -789,7 +789,7 @@ def wait_for_lock(directory: Path, name: str) -> None:
         StoreError: The directory cannot be locked.
     """
     path = _lock_path(directory, name)
-    with filelock.FileLock(path, poll_interval=0.1):
+    with filelock.FileLock(path).acquire(poll_interval=0.1):
         path.unlink(missing_ok=True)
 
 
