@@ -107,12 +107,15 @@ def members_at_once(
         choice: Which engine it will be, as for `make_engine`.
         bfloat16: Whether it computes in bfloat16.
     """
-    members, width, features = hidden.shape
     if hidden.device.type != "cpu":
-        return members
-    if bfloat16 or choice != "auto" or not is_one_hot(inputs):
-        return 1
-    return members_together(readout.shape[1], features, min(width, units_at_once(hidden.device)))
+        return len(hidden)
+    return 1 if choice != "auto" or not is_one_hot(inputs) else _small_members_together(hidden, readout, bfloat16)
+
+
+def _small_members_together(hidden: Tensor, readout: Tensor, bfloat16: bool) -> int:
+    """Return the number of members in a batch of the one-hot engine on a CPU, 1 where batches do not pay."""
+    units = min(hidden.shape[1], units_at_once(hidden.device))
+    return 1 if bfloat16 else members_together(readout.shape[1], hidden.shape[2], units)
 
 
 def is_one_hot(inputs: Float[Tensor, "inputs in_features"]) -> bool:
@@ -179,7 +182,7 @@ class OneHotEngine:
         self._scale = 1 / math.sqrt(width * features)
         self._units = min(width, units_at_once(hidden.device))
         # A member by itself is matrices, not a batch of one, but where small members come in batches.
-        in_batches = hidden.device.type == "cpu" and members_together(readout.shape[1], features, self._units) > 1
+        in_batches = hidden.device.type == "cpu" and _small_members_together(hidden, readout, bfloat16) > 1
         self._is_alone = len(hidden) == 1 and not in_batches
 
     def outputs(self, *, coarse: bool = False) -> Float[Tensor, "members out_features inputs"]:

@@ -73,11 +73,11 @@ def add_product(
         right: The other factor.
         alpha: What the product is multiplied by.
     """
-    on_cpu, batch = total.device.type == "cpu", total.dim() == 3
-    if on_cpu and batch and not _is_batch(left, right):
+    several_on_cpu = total.dim() == 3 and total.device.type == "cpu"
+    if several_on_cpu and not _is_batch(left, right):
         for member in zip(total, left, right, strict=True):
             add_product(*member, alpha)
-    elif left.dtype != total.dtype or (on_cpu and batch) or _takes_onednn(left, right):
+    elif several_on_cpu or left.dtype != total.dtype or _takes_onednn(left, right):
         total.add_(product(left, right), alpha=alpha)
     elif total.dim() == 2:
         total.addmm_(left, right, alpha=alpha)

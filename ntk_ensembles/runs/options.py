@@ -309,8 +309,7 @@ class Experiment:
     @property
     def keeps_weights(self) -> bool:
         """Whether trained weights are kept."""
-        keep = self.options.keep_weights
-        return keep == "all" or (keep == "auto" and self.weights_bytes <= WEIGHTS_BUDGET_BYTES)
+        return _is_kept(self.options.keep_weights, self.weights_bytes, WEIGHTS_BUDGET_BYTES)
 
     @property
     def weights_bytes(self) -> int:
@@ -320,8 +319,7 @@ class Experiment:
     @property
     def keeps_deviations(self) -> bool:
         """Whether deviations of each member are kept, rather than sums over groups."""
-        keep = self.options.keep_deviations
-        return keep == "all" or (keep == "auto" and self.deviations_bytes <= DEVIATIONS_BUDGET_BYTES)
+        return _is_kept(self.options.keep_deviations, self.deviations_bytes, DEVIATIONS_BUDGET_BYTES)
 
     @property
     def deviations_bytes(self) -> int:
@@ -348,6 +346,11 @@ class Experiment:
             "labels": self.options.labels,
             "padding": self.options.padding,
         }
+
+
+def _is_kept(choice: str, size: int, budget: int) -> bool:
+    """Return whether something of so many bytes is kept, of which "auto" keeps what the budget allows."""
+    return choice == "all" or (choice == "auto" and size <= budget)
 
 
 def train_command_line(spec: str, options: Mapping[str, Any]) -> str:

@@ -540,4 +540,5 @@ def test_without_lightning(trained: Path, tmp_path: Path) -> None:
         f"assert main(['report', {str(trained)!r}, '--no-certificate', '--out', {str(tmp_path / 'out')!r}]) == 0\n"
         "assert 'lightning' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
