@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import statistics
 import textwrap
@@ -33,6 +34,8 @@ _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = "osD^vPX"
 _COLOURS: dict[Decoder, str] = dict(zip(DECODERS, _PALETTE, strict=False))
 _SIZE, _DPI = (4.6, 4.2), 200
+_DIGITS_ON_AN_AXIS = 42
+"""Digits that fit beside each other between the first and the last value of a chart's horizontal axis."""
 """Inches of a chart, so that ten points are ten on a telephone, and dots to the inch of its PNG."""
 
 
@@ -226,10 +229,19 @@ def _powers_axis(axes: Axes, values: Sequence[int]) -> None:
     wanted = sorted(set(values))
     # A last number that is no power of two stands close to the one before.
     room = [n for i, n in enumerate(wanted) if i == len(wanted) - 1 or wanted[-1] >= 1.5 * n]
-    step = 2 if sum(len(str(n)) + 1 for n in room) > 34 else 1
+    step = next(step for step in itertools.count(1) if _have_room(room[::-1][::step], wanted))
     axes.set_xticks(room[::-1][::step], [f"{n:,}" for n in room[::-1][::step]])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
+
+
+def _have_room(shown: Sequence[int], values: Sequence[int]) -> bool:
+    """Return whether numbers, the largest first, do not touch on a logarithmic axis over all values."""
+    digits_an_octave = _DIGITS_ON_AN_AXIS / max(math.log2(values[-1] / values[0]), 1)
+    return all(
+        digits_an_octave * math.log2(large / small) >= (len(f"{large:,}") + len(f"{small:,}")) / 2
+        for large, small in itertools.pairwise(shown)
+    )
 
 
 def output_chart(histogram: OutputHistogram, decoder: Decoder, members: int, prefix: str) -> Chart:
