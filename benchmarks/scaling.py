@@ -6,7 +6,7 @@ Each size is varied over two orders of magnitude while the others stay. A point 
 processor time, which other programs hardly disturb, and the most memory beyond what the process began with. Members of
 random templates are drawn, trained for three steps, evaluated, and added up, as in a run; for the number of members it
 is a whole run of addition that keeps sums. An exponent is the slope of a straight line through the logarithms: over all
-points, and over the last two alone, where fixed costs show least. About two minutes on a quiet core.
+points, and over the last two alone, where fixed costs show least. A quarter of a minute on a quiet core.
 """
 
 from __future__ import annotations
