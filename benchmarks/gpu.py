@@ -880,7 +880,7 @@ def kernels(bench: Bench, work: Callable[[], object], top: int = 15) -> dict[str
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.on_gpu else [])]
     bench.wait()
-    with torch.profiler.profile(activities=activities) as recorded:
+    with torch.profiler.profile(activities=activities, acc_events=True) as recorded:
         wall = bench.seconds(work)
     # Without the spans by which PyTorch names what the kernels belong to.
     averages = [

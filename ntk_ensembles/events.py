@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,8 +64,9 @@ class EventFile:
 
         content = io.BytesIO()
         figure.savefig(content, dpi=dpi, format="png")
-        width, height = (round(dpi * inches) for inches in figure.get_size_inches())
-        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=content.getvalue())
+        png = content.getvalue()
+        width, height = struct.unpack(">II", png[16:24])
+        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
         self.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), global_step)
 
     def add_summary(self, summary: Any, global_step: int = 0) -> None:

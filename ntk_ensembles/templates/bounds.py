@@ -1,8 +1,9 @@
-"""Exact bounds on how many templates match a state at once, by integer programming (docs/theory.md, section 9).
+"""Exact bounds on how many templates match a state at once (docs/theory.md, section 9).
 
 Two templates *conflict* if one wants a bit 1 and the other wants it 0; a set of templates matches some state together
-if and only if no two of them conflict. The largest such set is found by HiGHS (`scipy.optimize.milp`), whose relaxation
-becomes tight once a cover of the conflict graph by cliques is stated: of a clique at most one template matches.
+if and only if no two of them conflict. The largest such set is found by clingo, which reasons about true and false only
+and has no rounding. Of a clique of the conflict graph at most one template matches, so clingo counts the cliques of a
+cover that are matched, instead of the templates: it then begins at a bound that is nearly always attained.
 
 The states are all 2^m, or those that trajectories can reach: `exclusive_bits` proves by induction which bits are never
 1 together (one phase at a time, one selected cell).
@@ -11,14 +12,15 @@ The states are all 2^m, or those that trajectories can reach: `exclusive_bits` p
 from __future__ import annotations
 
 import functools
-import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import clingo
 import numpy as np
-import scipy  # imports its parts when they are first used: only certificates wait for them
 import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
@@ -28,8 +30,6 @@ from ntk_ensembles.templates.templates import TemplateSet
 
 SECONDS_MAX = 60.0
 """Time limit of one search; it ends with the bound that is proven by then."""
-
-_OPTIMAL, _LIMIT, _INFEASIBLE = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,9 @@ class MatchBounds:
         self._templates = templates
         self._exclusive = None if exclusive is None else exclusive.numpy()
         self._seconds_max = seconds_max
-        self._size, self._bits = len(templates), templates.layout.bits
-        self._literals = [(sorted(template.ones), sorted(template.zeros)) for template in templates.templates]
+        self._size = len(templates)
         self._others: dict[int, int] = {}
-        self._found: dict[tuple[str, int | None, int | None], Bound | None] = {}
+        self._found: dict[tuple[bool, int | None, int | None], Bound | None] = {}
 
     @cached_property
     def _cliques(self) -> list[list[int]]:
@@ -108,105 +107,109 @@ class MatchBounds:
         Raises:
             RuntimeError: The solver found no state within the time limit.
         """
-        return self._remembered(self._max, bit, set_count)
+        return self._remembered(True, bit, set_count)
 
     def min_matches(self, bit: int | None = None, set_count: int | None = None) -> Bound | None:
         """Return the smallest number of templates, but at least one, that one state matches; else as `max_matches`."""
-        return self._remembered(self._min, bit, set_count)
+        return self._remembered(False, bit, set_count)
 
-    def _remembered(
-        self, search: Callable[[int | None, int | None], Bound | None], bit: int | None, set_count: int | None
-    ) -> Bound | None:
-        key = (search.__name__, bit, set_count)
+    def _remembered(self, largest: bool, bit: int | None, set_count: int | None) -> Bound | None:
+        key = (largest, bit, set_count)
         if key not in self._found:
-            self._found[key] = search(bit, set_count)
+            self._found[key] = self._search(largest, bit, set_count)
         return self._found[key]
 
-    def _max(self, bit: int | None, set_count: int | None) -> Bound | None:
-        rows, setters = self._conditions(bit, set_count)
-        # Elsewhere more matches are better, so that a template whose conditions hold counts by itself.
-        self._count_all(rows, setters)
-        found = self._solve(rows, -1)
-        if found.status == _INFEASIBLE:
-            return None
-        bound = self._bound(found)
-        if found.status == _OPTIMAL:
-            return bound
-        return Bound(math.floor(-found.mip_dual_bound + 1e-6), bound.attained, bound.state)
-
-    def _min(self, bit: int | None, set_count: int | None) -> Bound | None:
-        # Asked whether a state with at most 1, 2, … exists, HiGHS propagates the limit into every condition; to
-        # minimise, it would have to branch over most of the state.
-        rows, _ = self._conditions(bit, set_count)
-        self._count_all(rows, range(self._size))
-        at_least = max(1, set_count or 0)
-        rows.add(dict.fromkeys(range(self._size), 1), at_least, self._size)
-        some = self._solve(rows, 0)
-        if some.status == _INFEASIBLE:
-            return None
-        bound = self._bound(some)
-        for limit in range(at_least, bound.attained):
-            rows.limit_last(limit)
-            found = self._solve(rows, 0)
-            if found.status == _OPTIMAL:
-                return self._bound(found)
-            if found.status != _INFEASIBLE:
-                return Bound(limit, bound.attained, bound.state)
-        return bound
-
-    def _conditions(self, bit: int | None, set_count: int | None) -> tuple[_Rows, list[int]]:
-        """Return the rows of docs/theory.md, equation (33), one for C_j, and the templates that set ``bit``."""
-        rows = _Rows(self._size + self._bits)
-        for template, (ones, zeros) in enumerate(self._literals):
-            for position in ones:
-                rows.add({template: 1, self._size + position: -1}, -np.inf, 0)
-            for position in zeros:
-                rows.add({template: 1, self._size + position: 1}, -np.inf, 1)
-        for clique in self._cliques:
-            if len(clique) > 1:
-                rows.add(dict.fromkeys(clique, 1), -np.inf, 1)
-        if self._exclusive is not None:
-            for i, j in np.argwhere(np.triu(self._exclusive)).tolist():
-                rows.add({self._size + i: 1, self._size + j: 1}, -np.inf, int(i != j))
-        if bit is None or set_count is None:
-            return rows, []
-        setters = self._templates.setters[bit]
-        rows.add(dict.fromkeys(setters, 1), set_count, set_count)
-        return rows, setters
-
-    def _count_all(self, rows: _Rows, templates: Iterable[int]) -> None:
-        """Let these templates count wherever their conditions hold."""
-        for template in templates:
-            ones, zeros = self._literals[template]
-            row = {template: 1, **{self._size + position: -1 for position in ones}}
-            rows.add({**row, **{self._size + position: 1 for position in zeros}}, 1 - len(ones), np.inf)
-
-    def _solve(self, rows: _Rows, weight: int) -> scipy.optimize.OptimizeResult:
-        """Minimise ``weight`` times the number of matching templates."""
-        counted = np.concatenate([np.ones(self._size), np.zeros(self._bits)])
-        # At times HiGHS ends with a "solve error" (status 4) where presolve meets an infeasible question; without
-        # presolve it answers the same question. HiGHS 1.12 then writes a line to the standard output that no option
-        # silences (https://github.com/ERGO-Code/HiGHS/issues/2783).
-        for presolve in (True, False):
-            found = scipy.optimize.milp(
-                weight * counted,
-                constraints=rows.constraint(),
-                # With the state's bits whole, the matches are.
-                integrality=1 - counted,
-                bounds=scipy.optimize.Bounds(0, 1),
-                options={"time_limit": self._seconds_max, "presolve": presolve},
-            )
-            if found.status in (_OPTIMAL, _LIMIT, _INFEASIBLE):
-                break
-        return found
-
-    def _bound(self, found: scipy.optimize.OptimizeResult) -> Bound:
-        """Return the state found, taken to attain the bound."""
-        if found.status not in (_OPTIMAL, _LIMIT) or found.x is None:
-            raise RuntimeError(f"the solver found no state: {found.message} (limit: {self._seconds_max:.0f} s)")
-        state = torch.from_numpy(found.x[self._size :] > 0.5)
+    def _search(self, largest: bool, bit: int | None, set_count: int | None) -> Bound | None:
+        control = clingo.Control(["0"])  # a better state after every state, not only the first
+        search = _Search(control, self._write_program(control, largest, bit, set_count))
+        search.run(self._seconds_max)
+        if not search.state:
+            if search.ended:
+                return None
+            raise RuntimeError(f"the solver found no state within {self._seconds_max:g} s")
+        state = torch.tensor(search.state)
         attained = int(self._templates.matches(state[None]).sum())
-        return Bound(attained, attained, state)
+        if search.ended:
+            return Bound(attained, attained, state)
+        if largest:
+            return Bound(len(self._cliques) - search.cost_at_least, attained, state)
+        return Bound(max(1, set_count or 0, search.cost_at_least), attained, state)
+
+    def _write_program(
+        self, control: clingo.Control, largest: bool, bit: int | None, set_count: int | None
+    ) -> list[int]:
+        """Write down (33) of docs/theory.md, that exactly ``set_count`` matching templates set ``bit``, and the cost.
+
+        Returns:
+            The atoms of the state's bits.
+        """
+        templates = self._templates
+        with control.backend() as program:
+            state = [program.add_atom() for _ in range(templates.layout.bits)]
+            program.add_rule(state, choice=True)
+            matches = [program.add_atom() for _ in range(self._size)]
+            for match, template in zip(matches, templates.templates, strict=True):
+                program.add_rule([match], [*(state[i] for i in template.ones), *(-state[i] for i in template.zeros)])
+            if self._exclusive is not None:
+                for i, j in np.argwhere(np.triu(self._exclusive)).tolist():
+                    program.add_rule([], [state[i], state[j]])
+            if bit is not None and set_count is not None:
+                setters = [(matches[index], 1) for index in templates.setters[bit]]
+                enough = program.add_atom()
+                program.add_weight_rule([enough], set_count, setters)
+                program.add_rule([], [-enough])
+                program.add_weight_rule([], set_count + 1, setters)
+            matched = [program.add_atom() for _ in self._cliques]
+            for atom, clique in zip(matched, self._cliques, strict=True):
+                for index in clique:
+                    program.add_rule([atom], [matches[index]])
+            if largest:
+                # The most matches are the fewest cliques without one.
+                program.add_minimize(0, [(-atom, 1) for atom in matched])
+            else:
+                some = program.add_atom()
+                for atom in matched:
+                    program.add_rule([some], [atom])
+                program.add_rule([], [-some])
+                program.add_minimize(0, [(atom, 1) for atom in matched])
+        return state
+
+
+class _Search:
+    """A search for the state that costs least, which can be stopped.
+
+    Attributes:
+        state: Bits of the best state found; empty if none was.
+        cost_at_least: Bound on the cost of every state.
+        ended: Whether `state` is proven to be the best, or it is proven that there is none.
+    """
+
+    def __init__(self, control: clingo.Control, state: list[int]) -> None:
+        self._control, self._atoms = control, state
+        self.state: list[bool] = []
+        self.cost_at_least, self.ended = 0, False
+
+    def run(self, seconds_max: float) -> None:
+        """Find better states for a moment, then raise the bound until a state attains it."""
+        settings: Any = self._control.configuration
+        ends_at = time.monotonic() + seconds_max
+        for strategy, conflicts_max in (("bb", "5000"), ("usc", "umax")):
+            settings.solver.opt_strategy = strategy
+            settings.solve.solve_limit = conflicts_max
+            with self._control.solve(on_model=self._keep_state, on_unsat=self._keep_bound, async_=True) as handle:
+                # Short waits, so that Ctrl-C is heard.
+                while not handle.wait(0.1) and time.monotonic() < ends_at:
+                    pass
+                handle.cancel()
+                self.ended = handle.get().exhausted
+            if self.ended or time.monotonic() >= ends_at:
+                return
+
+    def _keep_state(self, model: clingo.Model) -> None:
+        self.state = [model.is_true(atom) for atom in self._atoms]
+
+    def _keep_bound(self, costs: Sequence[int]) -> None:
+        self.cost_at_least = max(self.cost_at_least, costs[0])
 
 
 def conflict_masks(
@@ -297,29 +300,3 @@ def exclusive_bits(templates: TemplateSet, start: Bool[Tensor, " bits"]) -> Bool
         if kept.equal(exclusive):
             return exclusive
         exclusive = kept
-
-
-class _Rows:
-    """Linear constraints, collected row by row."""
-
-    def __init__(self, columns: int) -> None:
-        self._columns = columns
-        self._at: tuple[list[int], list[int], list[float]] = ([], [], [])
-        self._low: list[float] = []
-        self._high: list[float] = []
-
-    def add(self, row: dict[int, int], low: float | int, high: float | int) -> None:
-        rows, columns, values = self._at
-        rows.extend([len(self._low)] * len(row))
-        columns.extend(row)
-        values.extend(row.values())
-        self._low.append(low)
-        self._high.append(high)
-
-    def limit_last(self, high: int) -> None:
-        self._high[-1] = high
-
-    def constraint(self) -> scipy.optimize.LinearConstraint:
-        rows, columns, values = self._at
-        matrix = scipy.sparse.csr_matrix((values, (rows, columns)), shape=(len(self._low), self._columns))
-        return scipy.optimize.LinearConstraint(matrix, self._low, self._high)

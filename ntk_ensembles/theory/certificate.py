@@ -15,11 +15,10 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import scipy  # imports its parts when they are first used
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
@@ -137,13 +136,12 @@ class Certificate:
         if self.score == 0:
             return None
         log_tail = math.log(delta) - log_states - math.log(self.bits)
-        found = max(1, math.ceil((float(scipy.special.ndtri_exp(log_tail)) / self.score) ** 2))
-        # The last digit of the inverse may be off by one member.
-        while found > 1 and scipy.special.log_ndtr(-self.score * math.sqrt(found - 1)) <= log_tail:
-            found -= 1
-        while scipy.special.log_ndtr(-self.score * math.sqrt(found)) > log_tail:
-            found += 1
-        return found
+
+        def suffices(members: int) -> bool:
+            score = torch.tensor(-self.score * math.sqrt(members), dtype=torch.float64)
+            return float(torch.special.log_ndtr(score)) <= log_tail
+
+        return _smallest_number(suffices)
 
 
 def certify(predictor: TemplatePredictor, bounds: MatchBounds, decoder: Decoder) -> Certificate:
@@ -311,6 +309,11 @@ def members_for_states(prediction: Prediction, decoder: Decoder, delta: float) -
         failures = -torch.expm1(log_exact_match_probability(margins, prediction.variance, members))
         return float(failures.sum()) <= delta
 
+    return _smallest_number(suffices)
+
+
+def _smallest_number(suffices: Callable[[int], bool]) -> int:
+    """Return the smallest positive number that suffices, where all larger ones do too."""
     high = 1
     while not suffices(high):
         high *= 2

