@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,23 @@ def test_what_a_user_adds_to_trainers_is_for_one_process(tmp_path: Path) -> None
         with pytest.raises(OptionError, match="devices=2: expected 1 with a trainer, logger or callbacks"):
             train(Addition(2), options, console=Console(quiet=True), **extras)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the signal is POSIX's")
+def test_lightning_does_not_listen_to_a_slurm_jobs_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own plugin for SLURM would save a checkpoint at SIGUSR1 and start the job again."""
+    slurm = {"JOB_ID": "7", "JOB_NAME": "job", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NNODES": "1"}
+    for name, value in {**slurm, "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    handlers = []
+
+    class Listening(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            handlers.append(signal.getsignal(signal.SIGUSR1))
+
+    options = RunOptions(width=16, ensemble=1, evaluation_states=10, tolerance=0.5, out=str(tmp_path / "run"))
+    train(Addition(2), options, console=Console(quiet=True), callbacks=[Listening()])
+    assert handlers == [signal.SIG_DFL]
 
 
 def test_the_directory_of_a_job_is_named_by_it_unless_another_is_asked_for(
