@@ -290,13 +290,16 @@ def exclusive_bits(templates: TemplateSet, start: Bool[Tensor, " bits"]) -> Bool
     Returns:
         A symmetric matrix; on the diagonal the bits that are never 1.
     """
-    labels = templates.labels.to(torch.float32)
     ones, zeros = ((templates.conditions == value).to(torch.float32) for value in (1, -1))
-    conflicts = ones @ zeros.T + zeros @ ones.T
+    # Templates want and set few bits. A sparse factor stands on the left, so products with one on the right are
+    # written as transposes; all of them are symmetric.
+    ones, labels = ones.to_sparse(), templates.labels.T.to(torch.float32).to_sparse()
+    conflicts = ones @ zeros.T
+    conflicts = conflicts + conflicts.T
     exclusive = ~(start[:, None] & start)
     while True:
-        together = conflicts + ones @ exclusive.to(torch.float32) @ ones.T == 0
-        kept = exclusive & (labels.T @ together.to(torch.float32) @ labels == 0)
+        together = conflicts + ones @ (ones @ exclusive.to(torch.float32)).T == 0
+        kept = exclusive & (labels @ (labels @ together.to(torch.float32)).T == 0)
         if kept.equal(exclusive):
             return exclusive
         exclusive = kept
