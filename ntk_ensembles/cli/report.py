@@ -32,7 +32,7 @@ class _Options:
     """The runs' own task as file.py:Class, where it is a user's and a certificate is wanted: the file is executed."""
 
     no_certificate: bool = False
-    """Leave out the certificate, which takes up to a minute for each task."""
+    """Leave out the certificate, which can take minutes where a task is large."""
 
 
 @command("ntk-ensembles report")

@@ -14,6 +14,9 @@ _VERDICTS = {True: "yes", False: "no", None: "open"}
 _DELTA = 1e-6
 """Chance of any wrong bit in `describe_in_short`."""
 
+_SECONDS_MAX = 10.0
+"""Time limit of its searches: a run waits for them."""
+
 
 def count(value: int | None) -> str:
     """Return a number of members as text; "none" where no number suffices.
@@ -77,9 +80,9 @@ def describe_in_short(predictor: TemplatePredictor) -> TextTable:
         predictor: Theory of what is learned.
 
     Raises:
-        RuntimeError: The solver failed.
+        RuntimeError: A search found no state within its time limit.
     """
-    bounds, bits = MatchBounds(predictor.templates), predictor.templates.layout.bits
+    bounds, bits = MatchBounds(predictor.templates, seconds_max=_SECONDS_MAX), predictor.templates.layout.bits
     rows = []
     for decoder in DECODERS:
         found = certify(predictor, bounds, decoder)

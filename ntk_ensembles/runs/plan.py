@@ -184,7 +184,7 @@ def plan(
 
     Raises:
         ValueError: The templates contradict the task's reference.
-        RuntimeError: The solver failed.
+        RuntimeError: A search found no state within its time limit.
     """
     device = device or torch.device("cpu")
     with one_thread():

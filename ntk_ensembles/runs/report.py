@@ -139,7 +139,7 @@ def write_report(
         task: Task, or its class, where the runs are of a user's own; only certificates need it.
         members: N of the distributions and of the failures. By default all members, and for failures the largest N
             that has any.
-        certificates: Whether to compute certificates, which takes up to a minute for each task.
+        certificates: Whether to compute certificates, which can take minutes where a task is large.
         on_progress: Called with what is being done now, in words.
 
     Returns:

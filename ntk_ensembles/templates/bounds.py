@@ -29,7 +29,10 @@ from torch import Tensor
 from ntk_ensembles.templates.templates import TemplateSet
 
 SECONDS_MAX = 60.0
-"""Time limit of one search; it ends with the bound that is proven by then."""
+"""Time limit of all searches together, by default."""
+
+_SECONDS_OF_A_SEARCH = 0.1
+"""What a search may take when the time is over."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class MatchBounds:
         templates: Templates of the task.
         exclusive: Which pairs of bits i, j are never both 1 (i = j: which bits are never 1) in the states considered,
             as from `exclusive_bits`; by default all states are considered.
-        seconds_max: Time limit for one search, in seconds.
+        seconds_max: Time limit for all searches together, in seconds. A search may take half of what is left, and a
+            tenth of a second at least; it ends with the bound that is proven by then.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class MatchBounds:
     ) -> None:
         self._templates = templates
         self._exclusive = None if exclusive is None else exclusive.numpy()
-        self._seconds_max = seconds_max
+        self._seconds_left = seconds_max
         self._size = len(templates)
         self._others: dict[int, int] = {}
         self._found: dict[tuple[bool, int | None, int | None], Bound | None] = {}
@@ -105,7 +109,7 @@ class MatchBounds:
             None if there is no such state.
 
         Raises:
-            RuntimeError: The solver found no state within the time limit.
+            RuntimeError: The search found no state within its time limit.
         """
         return self._remembered(True, bit, set_count)
 
@@ -122,11 +126,13 @@ class MatchBounds:
     def _search(self, largest: bool, bit: int | None, set_count: int | None) -> Bound | None:
         control = clingo.Control(["0"])  # a better state after every state, not only the first
         search = _Search(control, self._write_program(control, largest, bit, set_count))
-        search.run(self._seconds_max)
+        seconds, started_at = max(self._seconds_left / 2, _SECONDS_OF_A_SEARCH), time.monotonic()
+        search.run(seconds)
+        self._seconds_left -= time.monotonic() - started_at
         if not search.state:
             if search.ended:
                 return None
-            raise RuntimeError(f"the solver found no state within {self._seconds_max:g} s")
+            raise RuntimeError(f"the solver found no state within {seconds:.2g} s")
         state = torch.tensor(search.state)
         attained = int(self._templates.matches(state[None]).sum())
         if search.ended:

@@ -157,7 +157,7 @@ def certify(predictor: TemplatePredictor, bounds: MatchBounds, decoder: Decoder)
 
     Raises:
         OptionError: The decoder is unknown.
-        RuntimeError: The solver failed.
+        RuntimeError: A search found no state within its time limit.
     """
     most, fewest = bounds.most, bounds.min_matches()
     bits = predictor.templates.layout.bits
@@ -338,7 +338,7 @@ def sign_padding(predictor: TemplatePredictor, bounds: MatchBounds) -> int:
         The smallest number of padding templates in all; an upper bound of it where a search ran out of time.
 
     Raises:
-        RuntimeError: The solver failed.
+        RuntimeError: A search found no state within its time limit.
     """
     size, most = len(predictor.templates), bounds.most.bound
     needed_at_most = {
@@ -404,7 +404,7 @@ def certify_task(
     Raises:
         ValueError: An argument is outside its range.
         TaskError: The templates do not lead to the task's reference.
-        RuntimeError: The solver failed.
+        RuntimeError: A search found no state within its time limit.
     """
     templates = task.templates
     predictor = TemplatePredictor(templates, padding, layers=layers)

@@ -73,7 +73,7 @@ def score_at_width(
         A lower estimate; 0 where the decoder fails or ties, ∞ where nothing ever matches.
 
     Raises:
-        RuntimeError: The solver failed.
+        RuntimeError: A search found no state within its time limit.
     """
     most, fewest = bounds.most.bound, bounds.min_matches()
     if fewest is None:
@@ -172,7 +172,7 @@ def certify_width(
 
     Raises:
         ValueError: An argument is outside its range.
-        RuntimeError: The solver failed.
+        RuntimeError: A search found no state within its time limit.
     """
     predictor = TemplatePredictor(task.templates, padding, layers=layers, antisymmetric=antisymmetric)
     finite = FiniteWidth(predictor, width, corrected=labels == "corrected")

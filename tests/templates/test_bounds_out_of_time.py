@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable
 
 import pytest
@@ -137,3 +138,17 @@ def test_a_bit_that_too_few_templates_set_has_no_state() -> None:
     fan_in = len(Addition(3).templates.setters[0])
     assert bounds.max_matches(0, fan_in + 1) is None
     assert bounds.min_matches(0, fan_in + 1) is None
+
+
+def test_searches_share_their_time() -> None:
+    """Each may take half of what is left, so all end soon after the limit, and what is easy is still proven."""
+    templates = hard_templates()
+    bounds = MatchBounds(templates, seconds_max=0.8)
+    started_at = time.monotonic()
+    unproven = [bounds.max_matches(0, set_count) for set_count in range(30, 42)]
+    took = time.monotonic() - started_at
+    assert all(found and found.attained < found.bound for found in unproven)
+    assert took < 6  # 9.6 if each took 0.8
+    fewest = bounds.min_matches()
+    assert fewest is not None
+    assert (fewest.bound, fewest.attained) == (1, 1)
