@@ -288,7 +288,8 @@ class Dashboard:
     def _write(self, *, finished: bool) -> None:
         assert self._curves is not None
         summary = _summaries()
-        self._curves.add_histograms()
+        if finished:
+            self._curves.add_histograms()
         for step, values in _loss_points(self._losses):
             self.events.add_scalars(values, step)
         layout = {

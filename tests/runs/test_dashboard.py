@@ -108,6 +108,7 @@ def test_every_number_of_members_has_a_point(name: str, logdir: Path) -> None:
 def test_large_ensembles_have_fewer_points(cohort: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every N up to 4, every second up to 8, every fourth up to 16, and the last; whatever the cohorts were."""
     monkeypatch.setattr(dashboard, "_EVERY_N_MAX", 4)
+    monkeypatch.setattr(dashboard, "_SECONDS_BETWEEN_WRITES", 0.0)
     run = Run.open(trained(tmp_path / "run", ensemble=13, cohort=cohort, width=128))
     deviations = run.member_results().deviations.double()
     found = scalars(run.directory)["RMS deviation/measured"]
