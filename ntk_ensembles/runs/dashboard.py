@@ -430,7 +430,8 @@ class _Curves:
 
     def _row(self) -> ConvergenceRow:
         """Return the row of `convergence_rows` for the first N members, which are one group."""
-        mean = self._limit.mean + self._total / self._added
+        deviation = self._total / self._added
+        mean = self._limit.mean + deviation
         right = [decode(mean, self._limit.thresholds[d]) == self._limit.evaluation.next_states for d in DECODERS]
         row: Any = {
             "members": self._added,
@@ -438,7 +439,7 @@ class _Curves:
             "exact_match_spread": dict.fromkeys(DECODERS),
             "execution_match": None,
             "bit_accuracy": {d: float(found.double().mean()) for d, found in zip(DECODERS, right, strict=True)},
-            "rms_deviation": float((self._total / self._added).square().mean().sqrt()),
+            "rms_deviation": float(deviation.square().mean().sqrt()),
             "finite_width_exact_match": None,
             "finite_width_bit_accuracy": None,
             "finite_width_rms_deviation": None,
