@@ -83,8 +83,9 @@ def command(prog: str) -> Callable[[Callable[[list[str], str], int]], Command]:
         @functools.wraps(body)
         def run(arguments: Sequence[str] | None = None, prog: str = prog) -> int:
             for stream in (sys.stdout, sys.stderr):
-                # In an ASCII environment a "≤" must not end a run that has taken hours.
-                if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                # In an ASCII environment a "≤" must not end a run that has taken hours. There, Python may have chosen
+                # "surrogateescape", which is for the bytes of names of files alone.
+                if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
                     stream.reconfigure(errors="replace")
             with _sigterm_as_interrupt() as terminated:
                 try:

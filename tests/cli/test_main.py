@@ -127,16 +127,24 @@ from ntk_ensembles.console import console
 
 @command("tool")
 def body(arguments, prog):
-    console().print("loss ≤ 1")
-    print("loss ≤ 2")
+    console().print("loss \\u2264 1")
+    print("loss \\u2264 2")
     return 0
 
 sys.exit(body([]))
 """
 
 
-def test_ascii_output_replaces_what_it_cannot_show() -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        # Here Python opens the streams for "surrogateescape".
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_ascii_output_replaces_what_it_cannot_show(settings: dict[str, str]) -> None:
+    environment = {**os.environ, **settings}
     ended = subprocess.run([sys.executable, "-c", ASCII_SCRIPT], capture_output=True, env=environment, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == b"loss ? 1\nloss ? 2\n"
