@@ -187,10 +187,18 @@ def read_integers(name: str, text: str) -> list[int]:
     Raises:
         OptionError: It is no such list.
     """
-    try:
-        return sorted({int(number) for number in text.split(",")})
-    except ValueError:
-        raise OptionError(name, text, "integers separated by commas") from None
+    if (numbers := _integers(text)) is None:
+        raise OptionError(name, text, _INTEGERS)
+    return sorted(set(numbers))
+
+
+def _integers(value: object) -> list[int] | None:
+    """Return integers in the order in which they are written, as text or as a list in a file; None if they are not."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        return None
+    numbers = [_Kind(int).convert(part) for part in parts]
+    return None if None in numbers else numbers
 
 
 def first_look(arguments: Sequence[str]) -> argparse.Namespace:
@@ -235,16 +243,29 @@ def _users_code(word: str) -> Iterator[None]:
         raise ValueError(f"--task {word}: fails with {type(error).__name__}: {error}") from error
 
 
-_EXPECTED: dict[Any, str] = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+_INTEGERS = "integers separated by commas"
+_EXPECTED: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: _INTEGERS,
+}
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """Kind of value that an option takes, from a command line, where all is text, or from a file."""
+    """Kind of value that an option takes, from a command line, where all is text, or from a file.
+
+    Attributes:
+        type: Type of the value; a list is one of integers.
+        choices: Words that it can be, if it can be no others.
+        optional: Whether it can be None, which a command line writes as ``none``, unless any text can be meant.
+    """
 
     type: type[Any]
-    choices: tuple[str, ...]
-    optional: bool
+    choices: tuple[str, ...] = ()
+    optional: bool = False
 
     @classmethod
     def of(cls, annotation: Any, optional: bool) -> _Kind | None:
@@ -253,14 +274,17 @@ class _Kind:
         if typing.get_origin(annotation) in (typing.Union, types.UnionType):
             types_ = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
         choices = typing.get_args(types_[0]) if typing.get_origin(types_[0]) is Literal else ()
-        if len(types_) > 1 or not (choices or types_[0] in _EXPECTED):
+        found = list if types_[0] in (list[int], Sequence[int]) else types_[0]
+        if len(types_) > 1 or not (choices or found in _EXPECTED):
             return None
-        return cls(str if choices else types_[0], choices, optional or types_ != [annotation])
+        return cls(str if choices else found, choices, optional or types_ != [annotation])
 
     @property
     def metavar(self) -> str:
         """Words for the help."""
-        return f"{{{','.join(self.choices)}}}" if self.choices else self.type.__name__.upper()
+        if self.choices:
+            return f"{{{','.join(self.choices)}}}"
+        return "INT,INT,…" if self.type is list else self.type.__name__.upper()
 
     def read(self, name: str, value: object) -> object:
         """Return a value of this kind.
@@ -272,9 +296,10 @@ class _Kind:
         Raises:
             OptionError: The value is of another kind.
         """
-        if value is None and self.optional:
+        is_text = self.type is str and not self.choices
+        if self.optional and (value is None or (value == "none" and not is_text)):
             return None
-        converted = self._convert(value)
+        converted = self.convert(value)
         if self.choices and converted not in self.choices:
             expected = f"one of {', '.join(self.choices)}{suggestion(str(value), self.choices)}"
             raise OptionError(name, value, expected)
@@ -282,7 +307,10 @@ class _Kind:
             raise OptionError(name, value, _EXPECTED[self.type])
         return converted
 
-    def _convert(self, value: object) -> Any:
+    def convert(self, value: object) -> Any:
+        """Return a value of this kind, or None if it is of another; whether it is a choice is not checked."""
+        if self.type is list:
+            return _integers(value)
         if self.type is bool:
             return {"true": True, "false": False}.get(str(value).lower())
         # A bool is an integer to Python, and int() would cut 3.5 to 3.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ class Experiment:
     @property
     def task_spec(self) -> str:
         """Text that selects the task on a command line."""
-        return self.task.spec if isinstance(self.task, RecordedTask) else task_spec(self.task)
+        return _spec(self.task)
 
     @property
     def named_options(self) -> dict[str, Any]:
@@ -211,8 +212,7 @@ class Experiment:
         """Command line that trains the same members."""
         usual, kept = RunOptions().saved, ("width", "ensemble")
         options = {name: value for name, value in self.options.saved.items() if name in kept or value != usual[name]}
-        own = {name: value for name, value in self.task.options.items() if value is not None}
-        return train_command_line(self.task_spec, own | options)
+        return train_command_line(self.task, options)
 
     @cached_property
     def evaluation(self) -> EvaluationSet:
@@ -353,14 +353,22 @@ def _is_kept(choice: str, size: int, budget: int) -> bool:
     return choice == "all" or (choice == "auto" and size <= budget)
 
 
-def train_command_line(spec: str, options: Mapping[str, Any]) -> str:
+def _spec(task: Task[Any, Any]) -> str:
+    return task.spec if isinstance(task, RecordedTask) else task_spec(task)
+
+
+def train_command_line(task: Task[Any, Any], options: Mapping[str, Any]) -> str:
     """Return the command line that trains with these options.
 
     Args:
-        spec: Text that selects the task.
-        options: Options of the task and of the run, by name.
+        task: What is learned.
+        options: Options of the run, by name.
     """
-    words = ["ntk-ensembles", "train", "--task", spec]
-    for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+    usual = {name: parameter.default for name, parameter in inspect.signature(type(task)).parameters.items()}
+    # What is None by default is left out: there may be no word for it.
+    own = {name: value for name, value in task.options.items() if value is not None or usual.get(name) is not None}
+    words = ["ntk-ensembles", "train", "--task", _spec(task)]
+    for name, value in (own | dict(options)).items():
+        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        words += [f"--{name.replace('_', '-')}", "none" if value is None else text]
     return shlex.join(words)

@@ -14,7 +14,7 @@ from ntk_ensembles.ensemble import DescentOptions, Init, Recipe, choose_cohort, 
 from ntk_ensembles.ensemble.cohort import COHORT_MAX
 from ntk_ensembles.ensemble.network import cpu_workers, one_thread
 from ntk_ensembles.runs.options import RunOptions, train_command_line
-from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
+from ntk_ensembles.tasks import EvaluationSet, Task
 from ntk_ensembles.theory import (
     LABELS,
     Certificate,
@@ -313,7 +313,7 @@ def _choice(
         cohort * recipe.training_bytes,
         measured.seconds(width, members, steps),
         train_command_line(
-            task_spec(task),
-            {**task.options, "width": width, "ensemble": members, "labels": labels, "init": init, **others},
+            task,
+            {"width": width, "ensemble": members, "labels": labels, "init": init, **others},
         ),
     )

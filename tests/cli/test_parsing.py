@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from ntk_ensembles.cli.main import error_text, main
 from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, Parser, parse_task
-from ntk_ensembles.tasks import Addition
+from ntk_ensembles.runs import Experiment, RunOptions
+from ntk_ensembles.tasks import Addition, Permutation
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def test_arguments_that_a_reader_does_not_know_are_left_to_jsonargparse() -> Non
     class Lists:
         """Options."""
 
-        sizes: list[int]
+        sizes: list[float]
         """Sizes."""
 
         verbose: bool = True
@@ -198,7 +200,7 @@ def test_arguments_that_a_reader_does_not_know_are_left_to_jsonargparse() -> Non
 
     parser = Parser("tool")
     parser.add_options(Lists)
-    assert parser.parse(["--sizes", "[1, 2]", "--verbose", "false"]) == {"sizes": [1, 2], "verbose": False}
+    assert parser.parse(["--sizes", "[1, 2]", "--verbose", "false"]) == {"sizes": [1.0, 2.0], "verbose": False}
     with pytest.raises(argparse.ArgumentError, match="sizes"):
         parser.parse(["--verbose", "true"])
 
@@ -223,3 +225,34 @@ def test_output(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == '{"x": 1}\nmessage\nx is 1\n'
     assert captured.err == "message\n"
+
+
+@pytest.mark.parametrize("options", [{}, {"permutation_seed": None}, {"bits": 3, "ones": 1, "permutation": [2, 0, 1]}])
+def test_the_command_line_that_is_printed_trains_the_same(options: dict[str, Any]) -> None:
+    task = Permutation(**options)
+    words = shlex.split(Experiment(task, RunOptions(width=64, ensemble=3)).command_line)
+    assert words[:2] == ["ntk-ensembles", "train"]
+    again, found, _ = parse_task(words[2:], "train", "", RunOptions)
+    assert again.targets == task.targets
+    assert again.options == task.options
+    assert found == RunOptions(width=64, ensemble=3)
+
+
+def test_lists_of_integers_and_nothing(tmp_path: Path) -> None:
+    def permutation(*arguments: str) -> Permutation:
+        found: Permutation = parsed("--task", "permutation", "--bits", "3", *arguments)[0]
+        return found
+
+    assert permutation("--permutation", "2,0,1").targets == (2, 0, 1)
+    assert permutation("--config", config(tmp_path, "permutation: [2, 0, 1]\n")).targets == (2, 0, 1)
+    assert permutation("--permutation-seed", "none").targets == (0, 1, 2)
+    for text in ("2,0,x", "[2,0,1]", "1.0,0,2", ""):
+        assert message(["--task", "permutation", "--permutation", text]).endswith(
+            "expected integers separated by commas"
+        )
+    for yaml in ("permutation: 5", "permutation: [2, 0, a]", "permutation: [2, 0, true]"):
+        said = message(["--task", "permutation", "--config", config(tmp_path, yaml + "\n")])
+        assert said.startswith("--permutation ")
+        assert said.endswith("expected integers separated by commas")
+    # Any text is a name of a file.
+    assert parsed("--task", "addition", "--out", "none")[1].out == "none"
