@@ -23,7 +23,7 @@ units repeats the first with its output weights negated, so that the network sta
 
 INITS: tuple[Init, ...] = get_args(Init)
 
-WIDTH_MAX = 1 << 24
+WIDTH_MAX = FEATURES_MAX = 1 << 24
 MEMBER_MAX = (1 << 32) - 1
 SEED_MAX = (1 << 63) - 1
 
@@ -248,8 +248,8 @@ def _fill(weights: Tensor, generator: torch.Generator) -> None:
 
 
 def _check_sizes(in_features: int, out_features: int, width: int) -> None:
-    check_range("in_features", in_features, 1, 1 << 24)
-    check_range("out_features", out_features, 1, 1 << 24)
+    check_range("in_features", in_features, 1, FEATURES_MAX)
+    check_range("out_features", out_features, 1, FEATURES_MAX)
     check_range("width", width, 1, WIDTH_MAX)
 
 

@@ -23,7 +23,7 @@ from ntk_ensembles.ensemble import (
     Recipe,
 )
 from ntk_ensembles.ensemble.engines import ENGINES
-from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX, one_thread
+from ntk_ensembles.ensemble.network import FEATURES_MAX, SEED_MAX, WIDTH_MAX, one_thread
 from ntk_ensembles.errors import OptionError, check_choice, check_fraction, check_range
 from ntk_ensembles.runs.record import RecordedTask
 from ntk_ensembles.runs.store import FORMAT, digest, digest_templates
@@ -278,9 +278,11 @@ class Experiment:
         """How members are made.
 
         Raises:
-            OptionError: The width is too small for labels to be corrected.
+            OptionError: The width is too small for labels to be corrected, or a network has no room for the padding.
         """
-        options = self.options
+        options, templates = self.options, len(self.task.templates)
+        if options.padding > (room := FEATURES_MAX - templates):
+            raise OptionError("padding", options.padding, f"an integer from 0 to {room} beside {templates} templates")
         labels = self.predictor.labels
         if options.labels == "corrected":
             if not self.finite_width.trusted:

@@ -111,6 +111,10 @@ BAD = {
     "cohort": (["--task", "addition", "--width", "1000000", "--ensemble", "999999", "--cohort", "99999"], "--cohort"),
     "steps": (["--task", "addition", "--steps", "0"], "--steps 0"),
     "tolerance": (["--task", "addition", "--tolerance", "2"], "--tolerance 2"),
+    "padding": (
+        ["--task", "addition", "--bits", "1", "--padding", "16777213", "--width", "1", "--ensemble", "1"],
+        "--padding 16777213: expected an integer from 0 to 16777212 beside 4 templates",
+    ),
     "no config": (["--task", "addition", "--config", "nowhere.yaml"], "nowhere.yaml"),
 }
 
