@@ -18,6 +18,7 @@ from ntk_ensembles.runs.groups import Block, Measure, blocks_of, joined, rounded
 from ntk_ensembles.runs.run import Run, TaskOrClass
 from ntk_ensembles.runs.store import StoreError
 from ntk_ensembles.tasks import Task
+from ntk_ensembles.tasks.evaluation import num_micro_steps
 from ntk_ensembles.templates import SparseMatcher
 from ntk_ensembles.theory import Decoder, LimitPrediction, Rollout, Step, TensorStepper, rollout
 from ntk_ensembles.theory.executor import decoded_step
@@ -250,7 +251,7 @@ class Ensemble(TensorStepper):
         if not inputs:
             return []
         states = torch.stack([self.task.initial_state(task_input) for task_input in inputs])
-        micro_steps = [self.task.num_micro_steps(task_input) for task_input in inputs]
+        micro_steps = [num_micro_steps(self.task, task_input) for task_input in inputs]
         results: list[Any] = [None] * len(inputs)
         for steps in sorted(set(micro_steps)):
             rows = [row for row, own in enumerate(micro_steps) if own == steps]

@@ -121,7 +121,12 @@ class Task(ABC, Generic[InputT, OutputT]):
     @property
     def options(self) -> dict[str, Any]:
         """The constructor's arguments with their values, as saved in a run's results."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        names = inspect.signature(type(self)).parameters
+        if lost := [name for name in names if not hasattr(self, name)]:
+            raise TaskError(
+                f"task {self.name!r}: the constructor has to keep its argument {lost[0]} as an attribute of that name"
+            )
+        return {name: getattr(self, name) for name in names}
 
     def initial_state(self, task_input: InputT) -> Bool[Tensor, " bits"]:
         """Return the state that an input starts from."""

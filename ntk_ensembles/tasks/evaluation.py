@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -144,9 +145,16 @@ def template_trajectories(
 
 
 def num_micro_steps(task: Task[InputT, Any], task_input: InputT) -> int:
-    """Return the task's number of micro-steps for an input; what its code raises becomes a `TaskError`."""
+    """Return the task's number of micro-steps for an input.
+
+    Raises:
+        TaskError: The task's code fails, or what it returns is no integer of at least 0.
+    """
     with user_code(task.name, "num_micro_steps", task_input):
-        return task.num_micro_steps(task_input)
+        steps = task.num_micro_steps(task_input)
+        if operator.index(steps) < 0:
+            raise ValueError(f"{steps} micro-steps: expected at least 0")
+    return operator.index(steps)
 
 
 def is_right(task: Task[InputT, Any], task_input: InputT, final: Bool[Tensor, " bits"]) -> bool:

@@ -36,6 +36,13 @@ def test_a_template_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("old", "new", "says"),
     [
         ("return task_input[1]", "return task_input[2]", "num_micro_steps of input (16, 1) fails with IndexError"),
+        ("return task_input[1]", "return -1", "num_micro_steps of input (16, 1) fails with ValueError: -1 micro-steps"),
+        ("return task_input[1]", "return 1.5", "num_micro_steps of input (16, 1) fails with TypeError: 'float'"),
+        (
+            "generations: int = 32)",
+            "generations: int = 32, rule: int = 110)",
+            "has to keep its argument rule as an attribute",
+        ),
         ('return fields["ring"]', 'return fields["rings"]', "read_output fails with KeyError: 'rings'"),
         ('{"ring": task_input[0]}', '{"ring": 99}', "initial_fields of input (16, 1) fails with ValueError: ring=99"),
         ("sets=[ring[cell]]", "sets=[ring[cells]]", "make_templates fails with NameError"),
