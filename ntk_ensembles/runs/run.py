@@ -83,6 +83,11 @@ class Run:
         recorded, chosen = self.experiment.task, given or TASKS.get(self.experiment.task_spec)
         if chosen is None:
             return self
+        # Before it is made: another task has other options, which nobody has asked for.
+        if given is not None and given.name != recorded.name:
+            raise StoreError(
+                f"{self.directory}: is not a run of this task, task is {given.name} here and {recorded.name} there"
+            )
         try:
             task = chosen if isinstance(chosen, Task) else chosen.from_options(recorded.options)
             fields = None if repr(task.layout) == repr(recorded.layout) else "the fields of its state are others"

@@ -73,6 +73,13 @@ def test_bad_input(trained: Path, arguments: list[str], says: str, capsys: pytes
     assert says in line
 
 
+def test_a_run_of_another_task(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rule110 = Path(__file__).parents[2] / "examples" / "rule110.py"
+    capsys.readouterr()
+    assert main(["evaluate", str(trained), "--task", f"{rule110}:Rule110"]) == 2
+    assert "is not a run of this task, task is rule110 here and addition there" in capsys.readouterr().err
+
+
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "is no run directory" in capsys.readouterr().err
