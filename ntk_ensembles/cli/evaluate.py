@@ -9,7 +9,14 @@ from pathlib import Path
 from rich.console import Console
 
 from ntk_ensembles.cli.main import command
-from ntk_ensembles.cli.parsing import DecoderOptions, EvaluationOptions, OutputOptions, Parser, read_integers
+from ntk_ensembles.cli.parsing import (
+    DecoderOptions,
+    EvaluationOptions,
+    OutputOptions,
+    Parser,
+    check_file,
+    read_integers,
+)
 from ntk_ensembles.console import Progress
 from ntk_ensembles.ensemble.network import one_thread
 from ntk_ensembles.errors import OptionError
@@ -48,6 +55,11 @@ class _Options(OutputOptions, DecoderOptions, EvaluationOptions):
 
     out: str | None = None
     """File to write the JSON object to, beside what is printed."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        check_file("out", self.out)
 
 
 @command("ntk-ensembles evaluate")

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import os
 import re
 import types
 import typing
@@ -199,6 +200,20 @@ def _integers(value: object) -> list[int] | None:
         return None
     numbers = [_Kind(int).convert(part) for part in parts]
     return None if None in numbers else numbers
+
+
+def check_file(argument: str, name: str | None) -> None:
+    """Check that a file can be written where an option wants it, before there is anything to write.
+
+    Args:
+        argument: Name of the option.
+        name: Path of the file; None where none is wanted.
+
+    Raises:
+        OptionError: It is a directory, or in none that exists and can be written.
+    """
+    if name is not None and (Path(name).is_dir() or not os.access(Path(name).parent, os.W_OK | os.X_OK)):
+        raise OptionError(argument, name, "a file, in a directory that exists and can be written")
 
 
 def first_look(arguments: Sequence[str]) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ntk_ensembles.cli.main import command, suggestion
-from ntk_ensembles.cli.parsing import OutputOptions, Parser
+from ntk_ensembles.cli.parsing import OutputOptions, Parser, check_file
 from ntk_ensembles.computer import (
     Assembly,
     ProgramBatch,
@@ -114,8 +114,7 @@ class ExecutionOptions(OutputOptions):
         if self.figure is not None and not self.figure.endswith(".png"):
             raise OptionError("figure", self.figure, "a name that ends in .png")
         for argument, name in (("trace", self.trace), ("figure", self.figure)):
-            if name is not None and (Path(name).is_dir() or not Path(name).parent.is_dir()):
-                raise OptionError(argument, name, "a file, in a directory that exists")
+            check_file(argument, name)
         if self.tensorboard is not None and Path(self.tensorboard).exists() and not Path(self.tensorboard).is_dir():
             raise OptionError("tensorboard", self.tensorboard, "a directory, not a file")
 

@@ -73,6 +73,17 @@ def test_bad_input(trained: Path, arguments: list[str], says: str, capsys: pytes
     assert says in line
 
 
+@pytest.mark.parametrize("out", [".", "nowhere/results.json"])
+def test_where_results_cannot_be_written_is_known_before_they_are_computed(
+    out: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ntk_ensembles.cli.evaluate.Ensemble.from_run", lambda *_: pytest.fail("members are evaluated"))
+    capsys.readouterr()
+    assert main(["evaluate", str(trained), "--evaluation-seed", "9", "--out", str(tmp_path / out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("expected a file, in a directory that exists and can be written")
+
+
 def test_a_run_of_another_task(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rule110 = Path(__file__).parents[2] / "examples" / "rule110.py"
     capsys.readouterr()
