@@ -186,11 +186,12 @@ def print_rows(rows: Sequence[ConvergenceRow], console: Console, decoders: Seque
     Args:
         rows: ``convergence`` of ``results.json``, N ascending.
         console: Console to print on.
-        decoders: Decoders to show.
+        decoders: Decoders to show; whole executions are those of the first.
     """
     if not rows:
         return
-    table = Table(title="exact match on evaluation states, and on whole executions by midpoint: measured (theory)")
+    first = decoders[0]
+    table = Table(title=f"exact match on evaluation states, and on whole executions by {first}: measured (theory)")
     table.add_column("N", justify="right")
     for decoder in decoders:
         table.add_column(decoder, justify="right", no_wrap=True)
@@ -204,13 +205,13 @@ def print_rows(rows: Sequence[ConvergenceRow], console: Console, decoders: Seque
             for decoder in decoders
         ]
         if row["execution_match"]:
-            cells.append(percent(row["execution_match"]["midpoint"]))
+            cells.append(percent(row["execution_match"][first]))
         cells.append(f"{row['rms_deviation']:.2e} ({row['predicted_rms_deviation']:.2e})")
         table.add_row(*cells)
     console.print(table)
-    exact = exact_from(rows)
+    exact = exact_from(rows, first)
     if exact is not None:
-        console.print(f"[bold]All states exact by midpoint from N = {exact} on[/bold], in every group of members.")
+        console.print(f"[bold]All states exact by {first} from N = {exact} on[/bold], in every group of members.")
 
 
 def print_finite_width(
@@ -247,15 +248,16 @@ def print_finite_width(
     console.print(table)
 
 
-def exact_from(rows: Sequence[ConvergenceRow]) -> int | None:
-    """Return the smallest N from which on every group of members decodes every state right by midpoint.
+def exact_from(rows: Sequence[ConvergenceRow], decoder: Decoder = "midpoint") -> int | None:
+    """Return the smallest N from which on every group of members decodes every state right.
 
     Args:
         rows: ``convergence`` of ``results.json``, N ascending.
+        decoder: How their mean is decoded.
     """
     smallest = None
     for row in reversed(rows):
-        if row["exact_match"]["midpoint"] < 1:
+        if row["exact_match"][decoder] < 1:
             break
         smallest = row["members"]
     return smallest
