@@ -118,7 +118,7 @@ class Progress:
         self._note = ""
         self._console = console
         self._describe = self._percentage if describe is None else describe
-        self._completed_before = completed
+        self._completed_before = self._completed_in_line = completed
         self._line_is_due_at_the_end = last_line
         self._started_at = self._last_line_at = time.monotonic()
         self._bar = progress.Progress(
@@ -146,7 +146,7 @@ class Progress:
         # A bar that was never shown would end with an empty line.
         if self._console.is_terminal:
             self._bar.stop()
-        elif self._line_is_due_at_the_end and self.completed > self._completed_before:
+        elif self._line_is_due_at_the_end and self.completed > self._completed_in_line:
             self._print_line()
 
     def update(self, completed: int | float, note: str = "") -> None:
@@ -175,7 +175,7 @@ class Progress:
         self.update(self.completed + amount, self._note if note is None else note)
 
     def _print_line(self) -> None:
-        self._last_line_at = time.monotonic()
+        self._last_line_at, self._completed_in_line = time.monotonic(), self.completed
         elapsed = self._last_line_at - self._started_at
         parts = [f"{self._label} {self._describe(self.completed)}", f"{elapsed:.0f} s"]
         done = self.completed - self._completed_before

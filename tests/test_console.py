@@ -56,8 +56,8 @@ def test_a_line_every_twenty_seconds_in_a_pipe(clock: Clock) -> None:
             clock.now += 5
             progress.update(done, "[loss] small")
     assert lines(shown)[0] == "members 4/64, 20 s, 300 s left, [loss] small"
-    # One each 20 s, and the last when it ends.
-    assert len(lines(shown)) == 9
+    # One each 20 s, the last of which says how it ended.
+    assert len(lines(shown)) == 8
     assert lines(shown)[-1] == "members 32/64, 160 s, 160 s left, [loss] small"
 
 
@@ -74,6 +74,14 @@ def test_short_work_is_silent_unless_a_last_line_is_wanted(clock: Clock) -> None
     with Progress("states", 10, shown, last_line=True):
         pass
     assert len(lines(shown)) == 1
+
+
+def test_the_last_line_comes_once(clock: Clock) -> None:
+    shown = pipe()
+    with Progress("members", 2, shown, last_line=True) as progress:
+        clock.now += 23
+        progress.update(2)
+    assert lines(shown) == ["members 100%, 23 s, 0 s left"]
 
 
 def test_what_was_done_before_does_not_count_as_speed(clock: Clock) -> None:
