@@ -31,6 +31,7 @@ _FIELD = re.compile(
 _RANGE = re.compile(r"(?P<low>\S+)[ ]+to[ ]+(?P<high>\S+)")
 _CELLS = re.compile(r"#[ ]*cells:[ ]*(?P<cells>[0-9]+)")
 _IMAGE = re.compile(r"[\s,]*([+-]?[0-9]+([\s,]+|$))*")
+_PROGRAM_BYTES_MAX = 1 << 20
 _BOUND = re.compile(r"(?P<number>-?[0-9]+)|(?P<name>min|max)(?P<change>/2|-1)?")
 
 
@@ -179,7 +180,12 @@ def load_program(
         return find_program(program, branch).assemble(cells=cells, word_bits=word_bits)
     path = Path(program)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        # Not more than this: a device such as /dev/zero has no end.
+        with path.open("rb") as file:
+            content = file.read(_PROGRAM_BYTES_MAX + 1)
+        if len(content) > _PROGRAM_BYTES_MAX:
+            raise ValueError(f"{program}: is larger than {_PROGRAM_BYTES_MAX // 1024} KiB; expected a program")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         known = ", ".join(program_names())
         raise ValueError(f"{program}: no such file, and no program of the library ({known})") from None

@@ -184,6 +184,7 @@ def test_a_library_name_is_not_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         ("empty.dec", b" \n", "has no words"),
         ("empty.asm", b"# nothing", "has no words"),
         ("binary.dec", b"\xff\xfe\x00", "cannot be read: it is no text"),
+        ("long.dec", b"0 " * (1 << 19) + b"0", "is larger than 1024 KiB; expected a program"),
     ],
 )
 def test_files_that_are_no_programs(file: str, content: bytes | None, reason: str, tmp_path: Path) -> None:
