@@ -35,6 +35,17 @@ def check_range(argument: str, value: int, low: int, high: int) -> None:
         raise OptionError(argument, value, f"an integer from {low} to {high}")
 
 
+def check_seed(argument: str, value: int) -> None:
+    """Check that an argument is a seed, an integer in ``0..2^63 - 1``.
+
+    Python's own generator takes a negative seed for the positive one, so that two seeds would be one.
+
+    Raises:
+        OptionError: It is none.
+    """
+    check_range(argument, value, 0, (1 << 63) - 1)
+
+
 def check_fraction(argument: str, value: float) -> None:
     """Check that a number argument lies between 0 and 1, both excluded.
 

@@ -27,8 +27,7 @@ from rich.console import Console
 import ntk_ensembles
 from ntk_ensembles.cli.main import suggestion
 from ntk_ensembles.console import console
-from ntk_ensembles.ensemble.network import SEED_MAX
-from ntk_ensembles.errors import OptionError, check_choice, check_range
+from ntk_ensembles.errors import OptionError, check_choice, check_range, check_seed
 from ntk_ensembles.files import read_options
 from ntk_ensembles.runs import Experiment, RecordedTask
 from ntk_ensembles.tasks import TASKS, load_task_class
@@ -360,7 +359,7 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         """Check the options."""
         check_range("evaluation_states", self.evaluation_states, 1, 1_000_000)
-        check_range("evaluation_seed", self.evaluation_seed, 0, SEED_MAX)
+        check_seed("evaluation_seed", self.evaluation_seed)
 
 
 @dataclass(frozen=True)

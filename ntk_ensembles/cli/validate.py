@@ -18,8 +18,7 @@ from rich.table import Table
 from ntk_ensembles.cli.main import command
 from ntk_ensembles.cli.parsing import DecoderOptions, OutputOptions, parse_task
 from ntk_ensembles.console import Progress, console
-from ntk_ensembles.ensemble.network import SEED_MAX
-from ntk_ensembles.errors import OptionError, check_choice, check_range
+from ntk_ensembles.errors import OptionError, check_choice, check_range, check_seed
 from ntk_ensembles.tasks import SBN, TASKS, Branch, Task, TaskError, load_task_class
 from ntk_ensembles.tasks.base import user_code
 from ntk_ensembles.tasks.evaluation import checked_inputs, num_micro_steps
@@ -72,7 +71,7 @@ class ValidateOptions(OutputOptions, DecoderOptions):
             check_range("max_bits", self.max_bits, 1, 12)
         if self.inputs is not None:
             check_range("inputs", self.inputs, 1, 1_000_000_000)
-        check_range("seed", self.seed, 0, SEED_MAX)
+        check_seed("seed", self.seed)
         check_choice("layers", self.layers, LAYERS)
         if self.padding is not None:
             check_range("padding", self.padding, 0, PADDING_MAX)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ntk_ensembles.errors import OptionError, check_choice, check_range
+from ntk_ensembles.errors import OptionError, check_choice, check_range, check_seed
 
 Init = Literal["gaussian", "antisymmetric"]
 """``gaussian``: all weights i.i.d. N(0, 1), the paper's. ``antisymmetric``: the second half of the hidden
@@ -25,7 +25,6 @@ INITS: tuple[Init, ...] = get_args(Init)
 
 WIDTH_MAX = FEATURES_MAX = 1 << 24
 MEMBER_MAX = (1 << 32) - 1
-SEED_MAX = (1 << 63) - 1
 
 _NUMBERS_AT_ONCE = 1 << 16
 """Weights drawn by one call of the generator. Another value means other members. A GPU fills a tensor of this
@@ -123,7 +122,7 @@ class MLPStack(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(in_features, out_features, width)
-        check_range("seed", seed, 0, SEED_MAX)
+        check_seed("seed", seed)
         check_choice("init", init, INITS)
         if init == "antisymmetric" and width % 2:
             raise OptionError("width", width, "an even number with antisymmetric initialisation")

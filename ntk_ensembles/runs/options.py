@@ -23,8 +23,8 @@ from ntk_ensembles.ensemble import (
     Recipe,
 )
 from ntk_ensembles.ensemble.engines import ENGINES
-from ntk_ensembles.ensemble.network import FEATURES_MAX, SEED_MAX, WIDTH_MAX, one_thread
-from ntk_ensembles.errors import OptionError, check_choice, check_fraction, check_range
+from ntk_ensembles.ensemble.network import FEATURES_MAX, WIDTH_MAX, one_thread
+from ntk_ensembles.errors import OptionError, check_choice, check_fraction, check_range, check_seed
 from ntk_ensembles.runs.record import RecordedTask
 from ntk_ensembles.runs.store import FORMAT, digest, digest_templates
 from ntk_ensembles.tasks import EvaluationSet, Task, task_spec
@@ -141,7 +141,7 @@ class RunOptions:
         """
         check_range("width", self.width, 1, WIDTH_MAX)
         check_range("ensemble", self.ensemble, 1, 1 << 20)
-        check_range("seed", self.seed, 0, SEED_MAX)
+        check_seed("seed", self.seed)
         check_choice("init", self.init, INITS)
         check_choice("loss", self.loss, LOSSES)
         check_choice("layers", self.layers, LAYERS)
@@ -153,7 +153,7 @@ class RunOptions:
         check_choice("keep_weights", self.keep_weights, get_args(KeepWeights))
         check_choice("keep_deviations", self.keep_deviations, get_args(KeepDeviations))
         check_range("evaluation_states", self.evaluation_states, 1, 1_000_000)
-        check_range("evaluation_seed", self.evaluation_seed, 0, SEED_MAX)
+        check_seed("evaluation_seed", self.evaluation_seed)
         check_range("steps", self.steps, 1, 100_000)
         check_range("first_member", self.first_member, 0, 1 << 30)
         check_range("devices", self.devices, 1, 4096)

@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from ntk_ensembles.ensemble import DescentOptions, Recipe, choose_cohort, predict, train_members
-from ntk_ensembles.ensemble.network import SEED_MAX, WIDTH_MAX
-from ntk_ensembles.errors import OptionError, check_range
+from ntk_ensembles.ensemble.network import WIDTH_MAX
+from ntk_ensembles.errors import OptionError, check_range, check_seed
 from ntk_ensembles.files import read_bytes, write_atomically
 from ntk_ensembles.runs.plan import smallest_reaching
 from ntk_ensembles.runs.results import environment
@@ -85,7 +85,7 @@ class ReproduceOptions:
         check_range("width", self.width, 1, WIDTH_MAX)
         check_range("sequences", self.sequences, 1, 1000)
         check_range("members_max", self.members_max, 1, MEMBERS_MAX)
-        check_range("seed", self.seed, 0, SEED_MAX)
+        check_seed("seed", self.seed)
 
 
 class Passings(TypedDict):

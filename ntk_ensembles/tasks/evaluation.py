@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ntk_ensembles.errors import check_seed
 from ntk_ensembles.tasks.base import Task, TaskError, user_code
 from ntk_ensembles.templates import TemplateSet
 
@@ -59,14 +60,15 @@ class EvaluationSet:
         Args:
             task: Task whose `Task.inputs` are used.
             count: Number of states wanted, at least 1.
-            seed: Seed of the random inputs.
+            seed: Seed of the random inputs, 0 to 2^63 - 1.
 
         Raises:
-            ValueError: ``count`` is below 1.
+            ValueError: ``count`` is below 1, or ``seed`` outside its range.
             TaskError: The task has no inputs, its code fails, or its templates do not lead to its reference.
         """
         if count < 1:
             raise ValueError(f"an evaluation set of {count} states: expected at least 1")
+        check_seed("seed", seed)
         index: dict[bytes, int] = {}
         complete: dict[tuple[bytes, int], Int[Tensor, " _steps"]] = {}
         states: list[Bool[Tensor, " bits"]] = []

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ntk_ensembles.errors import OptionError, check_range
+from ntk_ensembles.errors import OptionError, check_range, check_seed
 from ntk_ensembles.tasks.base import LISTED_INPUTS, AllNumbers, Number, Task, alternating_bits, structured_first
 from ntk_ensembles.templates import StateLayout, Template
 
@@ -19,7 +19,7 @@ class Permutation(Task[Number, Number]):
     Args:
         bits: Number of bits L of the word, 1 to 4096.
         ones: Number of 1-bits of every input (default: any).
-        permutation_seed: Seed of the random permutation (none: the identity).
+        permutation_seed: Seed of the random permutation, 0 to 2^63 - 1 (none: the identity).
         permutation: Position π(i) that each bit goes to, in place of a random permutation; L integers.
 
     Attributes:
@@ -44,6 +44,8 @@ class Permutation(Task[Number, Number]):
             check_range("ones", ones, 0, bits)
         if permutation is not None and sorted(permutation) != list(range(bits)):
             raise OptionError("permutation", list(permutation), f"each of 0 to {bits - 1} once")
+        if permutation_seed is not None:
+            check_seed("permutation_seed", permutation_seed)
         self.bits = bits
         self.ones = ones
         self.permutation_seed = permutation_seed

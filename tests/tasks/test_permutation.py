@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from ntk_ensembles.tasks import Permutation
+from ntk_ensembles.tasks import EvaluationSet, Permutation
 
 
 def one_step(task: Permutation, values: list[int]) -> list[int]:
@@ -82,3 +82,10 @@ def test_inputs_of_long_words_go_on(ones: int | None) -> None:
 def test_bad_options(bits: int, ones: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Permutation(bits, ones)
+
+
+def test_a_negative_seed_is_not_taken_for_the_positive_one() -> None:
+    with pytest.raises(ValueError, match="permutation_seed=-4: expected an integer from 0 to"):
+        Permutation(5, permutation_seed=-4)
+    with pytest.raises(ValueError, match="seed=-4: expected an integer from 0 to"):
+        EvaluationSet.sample(Permutation(5), 10, -4)
