@@ -25,7 +25,7 @@ from torch import Tensor
 from ntk_ensembles.ensemble.engines import ENGINES, Engine, EngineChoice, is_one_hot, make_engine, members_at_once
 from ntk_ensembles.ensemble.network import MLPStack, map_members
 from ntk_ensembles.errors import check_choice, check_fraction, check_range
-from ntk_ensembles.theory.kernels import LAYERS, InverseKernel, Layers
+from ntk_ensembles.theory.kernels import LAYERS, InverseKernel, Layers, check_finite
 
 Loss = Literal["whitened", "mse"]
 """``whitened``: ½·tr(R Θ⁻¹ Rᵀ) with the analytic kernel Θ = Θ(X, X), whose curvature is 1 in every direction
@@ -165,7 +165,8 @@ class Descent(torch.optim.Optimizer):
             labels: Y, the target of each.
 
         Raises:
-            ValueError: Inputs and labels that fit neither each other nor the members, or a singular Θ(X, X).
+            ValueError: Inputs and labels that fit neither each other nor the members, or have a number that is not
+                finite; or a singular Θ(X, X).
         """
         hidden, readout = self._stack.hidden.detach(), self._stack.readout.detach()
         if inputs.dim() != 2 or labels.dim() != 2 or len(inputs) != len(labels):
@@ -179,6 +180,8 @@ class Descent(torch.optim.Optimizer):
                 f"expected {hidden.shape[2]} and {readout.shape[1]}, the members' own"
             )
         inputs, targets = inputs.detach().to(hidden), labels.detach().to(readout).mT.contiguous()
+        check_finite("training inputs", inputs)
+        check_finite("labels", targets.mT)
         digest = _digest(inputs, targets)
         if self._digest not in (None, digest):
             # Other data: what was learned before is where training starts now.

@@ -175,6 +175,21 @@ class TrainingKernel:
         return factor
 
 
+def check_finite(name: str, rows: Float[Tensor, "rows numbers"]) -> None:
+    """Check that data have no number that is infinite or NaN.
+
+    Args:
+        name: What the data are, for the message.
+        rows: The data, one example a row.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if not rows.isfinite().all():
+        row = int((~rows.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"{name}: row {row} has a number that is not finite")
+
+
 def parallel_rows(inputs: Float[Tensor, "rows features"], sine_max: float) -> tuple[int, int] | None:
     """Find two rows that point in the same direction.
 

@@ -27,6 +27,7 @@ from ntk_ensembles.theory.kernels import (
     ORTHOGONAL,
     Layers,
     TrainingKernel,
+    check_finite,
     kappa1,
     nngp,
     parallel_rows,
@@ -226,8 +227,8 @@ def posterior(
 
     Raises:
         OptionError: ``layers`` is none of `LAYERS`.
-        ValueError: Shapes do not fit together, or the kernel's matrix is singular (a zero row, parallel
-            rows; of float32 rows also those that are parallel up to rounding).
+        ValueError: Shapes do not fit together, a number is not finite, or the kernel's matrix is singular (a zero row,
+            parallel rows; of float32 rows also those that are parallel up to rounding).
     """
     kernel = TrainingKernel(layers)
     _check_shapes(inputs, labels, test_inputs)
@@ -248,6 +249,7 @@ def _check_shapes(inputs: Tensor, labels: Tensor, test_inputs: Tensor) -> None:
     for name, value in (("inputs", inputs), ("labels", labels), ("test_inputs", test_inputs)):
         if value.ndim != 2:
             raise ValueError(f"{name} of shape {tuple(value.shape)}: expected two axes, one example a row")
+        check_finite(name, value)
     if not len(inputs):
         raise ValueError("inputs without rows: expected at least one training input")
     if len(labels) != len(inputs):

@@ -367,3 +367,15 @@ def test_wrong_options_are_refused(unchecked: None) -> None:
     descent.bind(EYE, LABELS)
     with pytest.raises(ValueError, match="a state of 1 members: expected 2"):
         Descent(stack_of(2, 8)).load_state_dict(descent.state_dict())
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, 1e300])
+def test_data_that_are_not_finite_are_refused(number: float) -> None:
+    inputs, labels = EYE.double().clone(), LABELS.double().clone()
+    # Beyond what float32 holds, in which these members are trained, is infinite to them.
+    labels[1, 0] = number
+    with pytest.raises(ValueError, match="^labels: row 1 has a number that is not finite"):
+        Descent(MLPStack(len(EYE), LABELS.shape[1], 16, 2)).bind(inputs, labels)
+    inputs[2, 0] = number
+    with pytest.raises(ValueError, match="^training inputs: row 2 has a number that is not finite"):
+        Descent(MLPStack(len(EYE), LABELS.shape[1], 16, 2)).bind(inputs, LABELS)

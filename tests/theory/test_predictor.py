@@ -293,6 +293,14 @@ def test_singular_inputs_are_named(layers: Layers) -> None:
         posterior(inputs, labels, tests, layers)
 
 
+@pytest.mark.parametrize(("place", "name"), [(0, "inputs"), (1, "labels"), (2, "test_inputs")])
+def test_numbers_that_are_not_finite_are_named(place: int, name: str) -> None:
+    data = random_inputs(9, (6, 4), (6, 2), (3, 4))
+    data[place][2, 1] = math.nan
+    with pytest.raises(ValueError, match=f"^{name}: row 2 has a number that is not finite"):
+        posterior(*data)
+
+
 def test_unknown_layers_and_wrong_shapes_are_refused(unchecked: None) -> None:
     inputs, labels, tests = random_inputs(10, (6, 4), (6, 2), (3, 4))
     with pytest.raises(OptionError, match="layers='rbf': expected one of both, readout"):
