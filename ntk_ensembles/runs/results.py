@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -164,7 +165,7 @@ def print_training(results: Results, directory: Path, console: Console) -> None:
     stages = ", ".join(f"{name} {training['seconds'][name]:.1f} s" for name in (*STAGES, "startup", "total"))
     memory = f"peak memory {training['peak_memory_bytes'] / 2**30:.2f} GiB"
     console.print(f"{training_in_words(training)}; {stages}; {memory}.", highlight=False)
-    where = f"Results in {directory}; charts: tensorboard --logdir {directory}"
+    where = f"Results in {directory}; charts: {shlex.join(['tensorboard', '--logdir', str(directory)])}"
     console.print(where, highlight=False, soft_wrap=True, markup=False)
 
 

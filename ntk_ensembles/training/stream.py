@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import shlex
 import signal
 import time
 import warnings
@@ -67,7 +68,8 @@ class Interrupted(KeyboardInterrupt):  # noqa: N818 (like the interrupt that it 
 
     def __init__(self, reason: str, exit_status: int, directory: Path, finished: int, planned: int) -> None:
         super().__init__(
-            f"{reason}; {finished} of {planned} members are finished and kept. Resume with --resume {directory}"
+            f"{reason}; {finished} of {planned} members are finished and kept. "
+            f"Resume with --resume {shlex.quote(str(directory))}"
         )
         self.exit_status = exit_status
 

@@ -47,7 +47,7 @@ def test_it_never_rounds_to_all_or_none_and_names_failures() -> None:
     results["finite_width"] = {"omitted": None}
     console = Console(file=text, width=120)
     print_report(results, console)
-    print_training(results, Path("here"), console)
+    print_training(results, Path("my runs"), console)
     printed = " ".join(text.getvalue().split())
     assert "50% (<100%)" in printed
     assert ">0% (0%)" in printed
@@ -56,6 +56,7 @@ def test_it_never_rounds_to_all_or_none_and_names_failures() -> None:
     assert "3, 5" in printed
     assert "not finite" in printed
     assert "peak memory 1.00 GiB" in printed
+    assert "tensorboard --logdir 'my runs'" in printed
 
 
 def test_the_table_of_the_members_own_width_or_why_there_is_none() -> None:
