@@ -164,6 +164,18 @@ def test_the_width_to_trust() -> None:
     assert (found["trusted"], found["trusted_from"]) == (False, width)
 
 
+def test_corrected_labels_are_those_that_are_certified() -> None:
+    evaluation, width = EvaluationSet.sample(TASK, 50, 0), 12 * SIZE
+    finite = theory(width, corrected=True)
+    found = certify_width(TASK, width, labels="corrected", decoders=["midpoint"], evaluation=evaluation)
+    assert (found["labels"], found["movement"]) == ("corrected", finite.movement)
+    assert finite.movement < theory(width).movement
+    spread = spread_at_width(finite, states_of_all_densities(TASK, evaluation))
+    score = score_at_width(finite, MatchBounds(TASK.templates), "midpoint", spread)
+    assert found["decoders"]["midpoint"]["score"]["all_states"] == score
+    assert score != score_at_width(theory(width), MatchBounds(TASK.templates), "midpoint", spread)
+
+
 def outputs_of(finite: FiniteWidth, init: str, members: int) -> Tensor:
     """Outputs of trained members on all 512 states, (members, states, bits)."""
     recipe = Recipe(finite.labels.float(), finite.width, init, seed=3)  # type: ignore[arg-type]
