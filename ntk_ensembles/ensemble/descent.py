@@ -12,6 +12,7 @@ remembers has the size of the outputs, not of the weights.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -256,7 +257,7 @@ class Descent(torch.optim.Optimizer):
         """
         if len(state_dict["statuses"]) != len(self.statuses):
             raise ValueError(f"a state of {len(state_dict['statuses'])} members: expected {len(self.statuses)}")
-        self.statuses[:] = [MemberStatus(**status) for status in state_dict["statuses"]]
+        self.statuses[:] = [MemberStatus(**copy.deepcopy(status)) for status in state_dict["statuses"]]
         self._loaded = list(state_dict["trainings"]) or None
         self._digest = state_dict["data"]
         self._trainings = []
@@ -415,7 +416,11 @@ class _History:
                 value[positions] = 0
 
     def state(self) -> dict[str, list[Tensor]]:
-        return {"cotangents": list(self._cotangents), "changes": list(self._changes)}
+        # Copies, as the next step may forget members in place.
+        return {
+            "cotangents": [value.clone() for value in self._cotangents],
+            "changes": [value.clone() for value in self._changes],
+        }
 
     def load_state(self, state: dict[str, list[Tensor]], like: Tensor) -> None:
         self._cotangents = [value.to(like, copy=True) for value in state["cotangents"]]

@@ -284,7 +284,7 @@ class _Search:
         for column, one in self._ranges.items():
             allowed[one.low : one.high + 1, column] = True
         scores = (self._margins / self._deviations[:, None]).masked_fill(self._margins <= TIE, 0.0)
-        return float(scores[allowed].min()) if allowed.any() else math.inf
+        return float(scores[allowed].min())
 
 
 def members_for_states(prediction: Prediction, decoder: Decoder, delta: float) -> int | None:

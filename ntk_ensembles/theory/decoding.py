@@ -313,10 +313,9 @@ def exact_match_band(
 
     root = deviation_root(predictor, matches)
     fixed = predictor.variance(matches.sum(1)) == 0
-    ties = margin.abs() <= TIE
-    margin = margin.masked_fill(ties, 0.0).to(torch.float32)
     # Where nothing varies, a tie is decoded at random all the same.
-    random_bits = ties & fixed[:, None]
+    random_bits = (margin.abs() <= TIE) & fixed[:, None]
+    margin = margin.to(torch.float32)
     # A deviation helps a 1-bit when it is up and a 0-bit when it is down.
     sides = next_states.to(torch.float32) * 2 - 1
     rates = torch.empty(len(members), draws, dtype=torch.float64)

@@ -404,7 +404,7 @@ class WidthPrediction(Prediction):
         matches = limit.evaluation.matches[self.rows]
         bias = self.finite.bias(matches)
         estimate = self.finite.variance(matches, generator=torch.Generator().manual_seed(0), units=units)
-        # To first order the gates' part can outweigh the rest; a variance is not negative.
+        # At a width below those to trust, what it takes away can outweigh the rest; a variance is not negative.
         variance: Float64[Tensor, "states bits"] = estimate.variance.clamp_min(0)
         # States and bits share the units drawn: their errors add up as they are at most.
         self.variance_error = float(estimate.error.mean() / variance.mean().clamp_min(torch.finfo(torch.float64).tiny))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -130,6 +131,85 @@ def test_a_descent_that_has_diverged_goes_on_with_its_damping(stop_after: int, m
     assert (resumed.restarts, resumed.steps) == (status.restarts, status.steps) == (4, 5)
     assert len(found) == len(expected)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_saved_state_does_not_change_when_its_descent_or_another_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step after a divergence halves the damping and forgets what was remembered of the member."""
+    engine, stack = Diverging(2), Redrawn(6, 3, 4, 2, dtype=torch.float64)
+    stack.engine = engine
+    monkeypatch.setattr(descent_module, "make_engine", lambda *arguments, **options: engine)
+    saving = Descent(stack, together=2)
+    saving.bind(EYE, LABELS)
+    saving.step()
+    state = saving.state_dict()
+    saved = copy.deepcopy(state)
+    saving.step()
+    loading = Descent(stack, together=2)
+    loading.load_state_dict(state)
+    engine.values[:] = math.nan
+    loading.bind(EYE, LABELS)
+    loading.step()
+    assert loading.statuses[0].restarts == 1
+    assert [part["damping"].tolist() for part in state["trainings"]] == [[[[1.0]], [[1.0]]]]
+    for now, then in zip(state["trainings"], saved["trainings"], strict=True):
+        for name, values in then["history"].items():
+            assert float(then["history"]["cotangents"][0].abs().min()) > 0
+            for value, before in zip(now["history"][name], values, strict=True):
+                assert torch.equal(value.nan_to_num(7.0), before.nan_to_num(7.0))
+    assert state["statuses"] == saved["statuses"]
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_members_that_diverge_are_drawn_again_each_by_itself(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batch that a member is in: the second and the third of four diverge once, as their first step."""
+    drawn: list[int] = []
+
+    class Watched(MLPStack):
+        def redraw(self, position: int) -> None:
+            super().redraw(position)
+            drawn.append(position)
+
+    class OnceTooFar:
+        def __init__(self, first: int) -> None:
+            self.values = torch.zeros(together, 3, 6, dtype=torch.float64)
+            self.far = [1 <= first + row <= 2 for row in range(together)]
+
+        def outputs(self, *, coarse: bool = False) -> Tensor:
+            return self.values.clone()
+
+        def step(self, cotangents: Tensor, *, coarse: bool = False) -> Tensor:
+            self.values = LABELS.T.expand(together, -1, -1) * torch.tensor(
+                [[[1e6 if far else 1.0]] for far in self.far]
+            )
+            self.far = [False] * together
+            return self.outputs()
+
+    made = iter(range(0, 4, together))
+    monkeypatch.setattr(descent_module, "make_engine", lambda *arguments, **options: OnceTooFar(next(made)))
+    stack = Watched(6, 3, 4, 4, dtype=torch.float64)
+    drawn.clear()
+    descent = Descent(stack, together=together)
+    descent.bind(EYE, LABELS)
+    while descent.running:
+        descent.step()
+    assert sorted(drawn) == [1, 2]
+    assert [status.restarts for status in descent.statuses] == [0, 1, 1, 0]
+
+
+def test_a_finished_descent_that_is_loaded_begins_anew_with_other_data_and_keeps_no_steps() -> None:
+    stack = MLPStack(6, 3, 100, 2, dtype=torch.float64)
+    descent = Descent(stack)
+    descent.bind(EYE, LABELS)
+    while descent.running:
+        descent.step()
+    descent.release()
+    state = descent.state_dict()
+    assert state["trainings"] == []
+    for labels, begins in ((LABELS, False), (1 - LABELS, True)):
+        loaded = Descent(stack)
+        loaded.load_state_dict(copy.deepcopy(state))
+        loaded.bind(EYE, labels)
+        assert loaded.running == begins
 
 
 class Scripted:

@@ -251,7 +251,7 @@ def test_a_resumed_descent_takes_the_same_steps_to_the_bit(stop_after: int, loss
     descent.bind(EYE, LABELS)
     for _ in range(stop_after):
         descent.step()
-    state, weights = copy.deepcopy(descent.state_dict()), copy.deepcopy(stack.state_dict())
+    state, weights = descent.state_dict(), copy.deepcopy(stack.state_dict())
     descent.step()  # what is saved does not change afterwards
     rest = MLPStack(TEMPLATES, BITS, 300, 3, dtype=torch.float64, draw=False)
     rest.load_state_dict(weights)

@@ -62,9 +62,9 @@ def test_members_are_multiplied_each_by_itself(
     left, right = torch.randn(members, 5, 9, generator=generator), torch.randn(members, 9, 7, generator=generator)
     expected = torch.einsum("eij,ejk->eik", left.double(), right.double())
     torch.testing.assert_close(product(left, right).double(), expected, rtol=0, atol=1e-5)
-    total = torch.zeros(members, 5, 7)
-    add_product(total, left, right)
-    torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-5)
+    total = torch.ones(members, 5, 7)
+    add_product(total, left, right, alpha=-2.0)
+    torch.testing.assert_close(total.double(), 1 - 2 * expected, rtol=0, atol=2e-5)
     shared = torch.einsum("ij,ejk->eik", left[0].double(), right.double())
     torch.testing.assert_close(product(left[0], right).double(), shared, rtol=0, atol=1e-5)
 

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from ntk_ensembles.runs import convergence_rows, rows_of_blocks
-from ntk_ensembles.runs.groups import Block, Measure, aligned_blocks, blocks_of, exact, joined
+from ntk_ensembles.runs.groups import (
+    OUTCOMES,
+    Block,
+    Measure,
+    aligned_blocks,
+    blocks_of,
+    exact,
+    joined,
+    rounded_deviations,
+)
 from ntk_ensembles.tasks import Addition, EvaluationSet
 from ntk_ensembles.theory import DECODERS, LimitPrediction
 
@@ -50,7 +59,27 @@ def test_aligned_groups_are_the_largest() -> None:
     assert aligned_blocks(range(5, 23), 1 << 20) == [[5], [6, 7], [*range(8, 16)], [16, 17, 18, 19], [20, 21], [22]]
     assert aligned_blocks(range(8), 3) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert aligned_blocks([1, 2, 3, 7, 8], 8) == [[1], [2, 3], [7], [8]]
+    assert aligned_blocks([0, 2, 4, 5, 6, 9, 12, 13, 15, 16], 8) == [[0], [2], [4, 5], [6], [9], [12, 13], [15], [16]]
     assert aligned_blocks([], 8) == []
+
+
+def test_deviations_are_rounded_once() -> None:
+    """From the difference in double precision: float32 would lose a millionth beside a hundred."""
+    mean = torch.tensor([[100.000001, -7.0000003]], dtype=torch.float64)
+    outputs = torch.tensor([[[100.0, -7.0]], [[100.5, -7.25]]])
+    expected = torch.tensor([[[-1e-6, 3e-7]], [[0.499999, -0.2499997]]], dtype=torch.float64).to(torch.float16)
+    assert torch.equal(rounded_deviations(outputs, mean), expected)
+
+
+def test_outcomes_of_groups_with_a_member_that_failed_are_zeros() -> None:
+    """Of members 0 to 3 the third failed: its own row, that of 2 and 3, and that of all are no outcomes."""
+    converged = torch.tensor([True, True, False, True])
+    (block,) = blocks_of(MEASURE, torch.arange(4), converged, drawn(4))
+    whole = [True, True, False, True, True, False, False]
+    for name in OUTCOMES:
+        rows = getattr(block.outcomes, name).view(7, -1)
+        assert not rows[[not each for each in whole]].any()
+    assert block.outcomes.bits_right[whole].all()
 
 
 @pytest.mark.parametrize("first", [0, 5, 32])
@@ -120,6 +149,7 @@ def test_any_number_of_members_needs_deviations_and_whole_groups() -> None:
     assert rows[0]["rms_deviation"] == pytest.approx(float(mean.square().mean().sqrt()), rel=1e-12)
     assert rows[0]["exact_match_spread"]["midpoint"] is None
     assert not convergence_rows(LIMIT, deviations[:4], [3], indices=torch.tensor([1, 2, 4, 5]))
+    assert not convergence_rows(LIMIT, deviations[:4], [3], indices=torch.tensor([0, 1, 3, 7]))
 
 
 def test_no_members_have_no_rows() -> None:

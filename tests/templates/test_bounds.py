@@ -59,6 +59,25 @@ def test_extremes_equal_enumeration(seed: int, count: int, repeats: int) -> None
             assert int(templates.matches(extreme.state[None]).sum()) == extreme.attained
 
 
+def test_the_quick_estimate_is_of_each_bits_own_templates() -> None:
+    """Templates without a common bit all match at once: C_j of those that set the bit, and all the others."""
+    sets = [[0], [0], [0], [1], []]
+    rules = [Template.rule("own", ones=[bit], sets=written) for bit, written in enumerate(sets)]
+    bounds = MatchBounds(TemplateSet(StateLayout(x=len(rules)), rules))
+    assert [bounds.max_matches_estimate(bit, 1) for bit in (0, 1)] == [1 + 2, 1 + 4]
+    assert [bounds.max_matches_estimate(bit, 0) for bit in (0, 1, 2)] == [2, 4, 5]
+    assert bounds.max_matches_estimate(0, 3) == 3 + 2
+
+
+def test_the_quick_estimate_knows_the_pairs_that_are_never_both_1() -> None:
+    """With at most one bit of a state 1, at most one of the templates that want one bit each matches."""
+    rules = [Template.rule("own", ones=[bit], sets=[bit]) for bit in range(4)]
+    templates = TemplateSet(StateLayout(x=4), rules)
+    bounds = MatchBounds(templates, ~torch.eye(4, dtype=torch.bool))
+    assert [bounds.max_matches_estimate(bit, 0) for bit in range(4)] == [1] * 4
+    assert MatchBounds(templates).max_matches_estimate(0, 0) == 3
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(1, 8), st.integers(1, (1 << BITS) - 1))
 def test_exclusive_bits_are_never_one_together(seed: int, count: int, begins: int) -> None:

@@ -88,6 +88,16 @@ def test_worst_margins_equal_enumeration(seed: int, count: int, repeats: int, la
             ] == (certificate.ones.set_count)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_worst_margins_that_are_near_others_equal_enumeration(seed: int) -> None:
+    """With 20,000 padding templates all margins of 0-bits by the sign rule are below a thousandth."""
+    templates = random_templates(seed, 6, 4)
+    predictor = TemplatePredictor(templates, 20_000)
+    certificate, zeros = certify(predictor, MatchBounds(templates), "sign"), brute_force(predictor, "sign")[1]
+    assert certificate.zeros is not None
+    assert certificate.zeros.margin == pytest.approx(zeros, abs=1e-12)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(1, 6), st.integers(1, 8), st.sampled_from(LAYERS))
 def test_padding_is_the_least_with_which_the_sign_rule_is_exact(

@@ -28,7 +28,16 @@ from ntk_ensembles.tasks import (
     TemplateSet,
 )
 from ntk_ensembles.templates.matching import pack
-from ntk_ensembles.theory import DECODERS, Decoder, TemplatePredictor, decode, margins, thresholds
+from ntk_ensembles.theory import (
+    DECODERS,
+    Decoder,
+    Step,
+    TemplatePredictor,
+    TensorStepper,
+    decode,
+    margins,
+    thresholds,
+)
 from ntk_ensembles.theory.executor import NTKExecutor, rollout
 
 TOLERANCE = 2e-12
@@ -199,6 +208,53 @@ def test_a_large_machine() -> None:
     assert not {"labels", "conditions"} & set(vars(task.templates))
 
 
+def test_margins_that_are_near_one_another_are_told_apart() -> None:
+    """With 20,000 padding templates a 0-bit has a margin of 1e-5 by the sign rule, and this one three times as much."""
+    rules = [Template.rule("r", ones=[0], sets=[0]), Template.rule("r", ones=[0], sets=[])]
+    templates = TemplateSet(StateLayout(x=2), [*rules, *[Template.rule("r", ones=[1], sets=[1])] * 3])
+    states = torch.tensor([[True, False]]).repeat(70, 1)
+    w_u = float(TemplatePredictor(templates, 20_000).weights(torch.tensor([2]))[1])
+    assert -1e-4 < w_u < -1e-6
+    margins_found = rollout(NTKExecutor(templates, "sign", padding=20_000), states, 1).margins
+    torch.testing.assert_close(
+        margins_found, torch.full((70,), 1e-10 - 3 * w_u, dtype=torch.float64), rtol=1e-9, atol=0
+    )
+
+
+def test_a_loop_is_stopped_by_all_states_together_and_traced_to_its_end() -> None:
+    """More states than are worked on at once. Without an end all micro-steps are traced, of states at rest too."""
+    task = Addition(1)
+
+    class Three(TensorStepper):
+        states_at_once = 3
+
+        def step(self, batch: Tensor) -> Step[Tensor]:
+            following = task.templates.micro_step(batch)
+            right = np.ones(len(batch), np.bool_)
+            return Step(following, np.ones(len(batch)), right, (following != batch).any(1).numpy())
+
+    starts = torch.tensor(list(itertools.product([False, True], repeat=3)))
+    first = task.templates.micro_step(starts)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def second(before: Tensor, after: Tensor) -> bool:
+        seen.append((before, after))
+        return len(seen) == 2
+
+    stopped = rollout(Three(), starts, 5, stop=second)
+    assert torch.equal(seen[0][0], starts)
+    assert torch.equal(seen[0][1], first)
+    assert torch.equal(seen[1][0], first)
+    assert len(seen) == 2
+    assert torch.equal(stopped.states, task.templates.micro_step(first))
+    traced = rollout(Three(), starts, 5, trace=True).trace
+    assert traced is not None
+    assert (traced.states.shape, traced.margins.shape) == ((6, 8, 3), (5, 8))
+    for _ in range(5):
+        starts = task.templates.micro_step(starts)
+    assert torch.equal(traced.states[5], starts)
+
+
 def test_no_states_and_no_micro_steps() -> None:
     executor = NTKExecutor(Addition(3).templates)
     none = torch.zeros(0, 9, dtype=torch.bool)
@@ -214,6 +270,8 @@ def test_what_is_refused() -> None:
     templates = Addition(3).templates
     with pytest.raises(ValueError, match="states of 8 bits: the templates have 9"):
         rollout(NTKExecutor(templates), torch.zeros(2, 8, dtype=torch.bool), 1)
+    with pytest.raises(ValueError, match="states of 10 bits: the templates have 9"):
+        rollout(NTKExecutor(templates), torch.zeros(2, 10, dtype=torch.bool), 1)
     with pytest.raises(ValueError, match="-1 micro-steps"):
         rollout(NTKExecutor(templates), torch.zeros(2, 9, dtype=torch.bool), -1)
     with pytest.raises(ValueError, match="padding=-1"):

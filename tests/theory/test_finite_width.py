@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ntk_ensembles.errors import OptionError
 from ntk_ensembles.tasks import Addition
+from ntk_ensembles.templates import StateLayout, Template, TemplateSet
 from ntk_ensembles.theory import FiniteWidth, InverseKernel, TemplatePredictor, empirical_ntk, nngp, ntk
 
 TEMPLATES = Addition(3).templates
@@ -119,7 +121,8 @@ def xi(hidden: Tensor, readout: Tensor, seen: Tensor, x: Tensor, v: Tensor) -> T
         gates = (pre > 0).double()[:, :, None] * (training > 0).double()[:, None, :] * inputs[None]
         return first + (gates @ seen @ readout[:, :, None]) * readout[:, None, :]
 
-    return moved(hidden, x[None])[:, 0] - torch.einsum("i,uij->uj", v, moved(hidden, IDENTITY))
+    identity = torch.eye(len(v), dtype=v.dtype)
+    return moved(hidden, x[None])[:, 0] - torch.einsum("i,uij->uj", v, moved(hidden, identity))
 
 
 def test_one_units_kernel_is_that_of_a_network_of_width_one() -> None:
@@ -174,6 +177,75 @@ def test_the_variance_is_that_of_whole_units(antisymmetric: bool) -> None:
         assert ((squares.mean(0) - drawn).abs() < 4.5 * error).all()
         # Small beside what it measures, or the comparison says nothing.
         assert (error < 0.05 * drawn).all()
+
+
+def three_templates() -> TemplateSet:
+    rules = [Template.rule("r", ones=[0], sets=[0]), Template.rule("r", ones=[1], sets=[0, 1])]
+    return TemplateSet(StateLayout(x=2), [*rules, Template.rule("r", ones=[0, 1], sets=[1])])
+
+
+@pytest.mark.parametrize("antisymmetric", [False, True])
+def test_of_each_unit_readout_and_noise_are_averaged_exactly(antisymmetric: bool) -> None:
+    """By quadrature: three points for each readout weight, two for each number of the noise, are exact here."""
+    templates, count, width = three_templates(), 40, 900
+    theory = FiniteWidth(TemplatePredictor(templates, antisymmetric=antisymmetric), width)
+    matches = torch.tensor([[True, True, False], [True, True, True], [False, True, False], [False, False, False]])
+    estimate = theory.variance(matches, generator=torch.Generator().manual_seed(6), units=count)
+    hidden = torch.randn(count, 3, generator=torch.Generator().manual_seed(6)).double()
+    eye, labels = torch.eye(3, dtype=torch.float64), templates.labels.double()
+    inverse = torch.linalg.inv(3 * ntk(eye, eye))
+    root = torch.linalg.cholesky(inverse @ nngp(eye, eye) @ inverse)
+    points = list(itertools.product([(-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6)], repeat=2))
+    corners = [[0.0] * 6] if antisymmetric else list(itertools.product([-1.0, 1.0], repeat=6))
+    signs = torch.tensor(corners, dtype=torch.float64).view(-1, 3, 2).repeat(len(points), 1, 1)
+    readouts = torch.tensor([[a, b] for (a, _), (b, _) in points], dtype=torch.float64)
+    readouts = readouts.repeat_interleave(len(corners), 0)
+    shares = torch.tensor([a * b / len(corners) for (_, a), (_, b) in points], dtype=torch.float64)
+    shares = shares.repeat_interleave(len(corners))
+    for state in range(2):
+        x = templates.encode(matches[[state]])[0]
+        v = torch.linalg.solve(ntk(eye, eye), ntk(eye, x[None]))[:, 0]
+        # One row for each combination of points and each unit.
+        seen = (inverse @ labels + root @ signs).repeat_interleave(count, 0)
+        values = xi(hidden.repeat(len(readouts), 1), readouts.repeat_interleave(count, 0), seen, x, v)
+        squares = (values.square().view(-1, count, 2) * shares[:, None, None]).sum(0)
+        independent = width / 2 if antisymmetric else width
+        gates = theory._gates(matches, inverse @ labels)[state]
+        infinite = theory.predictor.variance(matches.sum(1))[state] + gates
+        # Units are worked on in float32.
+        torch.testing.assert_close(
+            estimate.variance[state], infinite + squares.mean(0) / independent, rtol=1e-5, atol=0
+        )
+        error = squares.std(0) / math.sqrt(count) / independent
+        torch.testing.assert_close(estimate.error[state], error, rtol=1e-3, atol=0)
+    assert not estimate.variance[2:].any()
+    assert not estimate.error[2:].any()
+
+
+@pytest.mark.parametrize("antisymmetric", [False, True])
+def test_of_the_readout_alone_products_of_each_unit_are_averaged(antisymmetric: bool) -> None:
+    """Equation (49), the expectation of each factor taken as known, for no more than twice as many units as inputs."""
+    templates, count, width = three_templates(), 40, 14
+    theory = FiniteWidth(TemplatePredictor(templates, layers="readout", antisymmetric=antisymmetric), width)
+    matches = torch.tensor([[True, True, False], [True, True, True]])
+    estimate = theory.variance(matches, generator=torch.Generator().manual_seed(6), units=count)
+    hidden = torch.randn(count, 3, generator=torch.Generator().manual_seed(6)).double()
+    eye, labels = torch.eye(3, dtype=torch.float64), templates.labels.double()
+    inverse = torch.linalg.inv(3 * nngp(eye, eye))
+    eta, seen = hidden.relu(), inverse @ labels
+    lost = ((eta @ inverse) * eta).sum(1)[:, None]
+    independent = width // 2 if antisymmetric else width
+    for state in range(2):
+        x = templates.encode(matches[[state]])[0]
+        v = inverse @ (3 * nngp(eye, x[None]))[:, 0]
+        square = ((hidden @ x).relu() - eta @ v).square()[:, None]
+        # k·σ²(s): the NNGP posterior's variance.
+        left = float(3 * (nngp(x[None], x[None]) - nngp(x[None], eye) @ v))
+        varies = (square - left) * ((eta @ seen).square() - (seen * labels).sum(0)) + left * (seen * labels).sum(0)
+        expected = varies.mean(0) / (independent - 3 - 1)
+        if not antisymmetric:
+            expected += left / 3 - ((square - left) * (lost - 3) + left * 3).mean(0) / (3 * width)
+        torch.testing.assert_close(estimate.variance[state], expected, rtol=1e-5, atol=0)
 
 
 def test_the_reported_error_is_the_spread_over_seeds() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -42,6 +44,9 @@ def test_an_output_on_its_threshold_is_read_as_0() -> None:
     level = torch.tensor([[0.25, 0.25, 0.25]], dtype=torch.float64)
     outputs = torch.tensor([[0.25, 0.25 + 2**-50, 0.25 - 2**-50]], dtype=torch.float64)
     assert decode(outputs, level).tolist() == [[False, True, False]]
+    # Of a float32 output as it is: that nearest to a tenth is above a tenth.
+    tenth = torch.tensor([[0.1]], dtype=torch.float64)
+    assert decode(tenth.float(), tenth).tolist() == [[True]]
 
 
 def test_the_variance_at_one_template_is_exactly_zero_for_every_size() -> None:
@@ -82,6 +87,20 @@ def test_the_band_of_a_subset_is_of_a_random_one() -> None:
     assert float(band.mean[0]) == 0.5
     # Five standard deviations of the number of right ones among 100 of 400.
     assert (band.quantiles - 0.5).abs().max() < 5 * math.sqrt(0.25 / 100)
+    # All chance is the generator's.
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        again = exact_match_band(
+            predictor,
+            matches,
+            next_states,
+            "midpoint",
+            [1],
+            generator=torch.Generator().manual_seed(0),
+            draws=2,
+            states_max=100,
+        )
+    assert torch.equal(again.quantiles, band.quantiles)
 
 
 def test_the_band_throws_a_coin_for_every_tie_where_nothing_varies() -> None:
@@ -211,6 +230,23 @@ def test_every_bit_that_an_input_can_set_is_among_the_bits_of_the_start() -> Non
     found = certify_task(Permutation(4), decoders=["midpoint"])
     assert found["num_matches"]["reachable"]["max"] == 4
     assert found["num_matches"]["reachable_from"] == ["x"]
+
+
+class EvenAddition(Addition):
+    """Addition of even numbers alone."""
+
+    name = "even addition"
+
+    def inputs(self, generator: random.Random) -> Iterator[tuple[int, int]]:
+        return ((p & ~1, q & ~1) for p, q in super().inputs(generator))
+
+
+def test_a_bit_below_all_that_inputs_set_is_not_among_the_bits_of_the_start() -> None:
+    found = certify_task(EvenAddition(3), decoders=["midpoint"])["num_matches"]
+    assert found["reachable_from"] == ["p[1:3]", "q[1:3]"]
+    assert (
+        found["reachable"]["max"] < certify_task(Addition(3), decoders=["midpoint"])["num_matches"]["reachable"]["max"]
+    )
 
 
 @pytest.mark.parametrize("task", [Addition(2), Addition(3), Multiplication(2)], ids=repr)

@@ -10,6 +10,7 @@ from ntk_ensembles.ensemble import predict
 from ntk_ensembles.ensemble.cohort import Recipe, train_members
 from ntk_ensembles.tasks import Addition, EvaluationSet
 from ntk_ensembles.theory import DECODERS, FiniteWidth, LimitPrediction, TemplatePredictor, WidthPrediction
+from ntk_ensembles.theory.finite_width import rows_at_equal_distances
 
 TASK = Addition(4)
 SIZE = len(TASK.templates)
@@ -67,8 +68,28 @@ def test_of_many_states_some_are_predicted() -> None:
     assert len(part.rows) == 40
     assert (part.rows.diff() > 0).all()
     assert torch.equal(part.mean, whole.mean[part.rows])
+    for decoder in DECODERS:
+        # Of each state its own threshold and its own next state.
+        torch.testing.assert_close(part.margins[decoder], whole.margins[decoder][part.rows], rtol=0, atol=0)
+        assert torch.equal(part.thresholds[decoder], limit().thresholds[decoder][part.rows])
     # 40 of 150 states.
     assert part.rms_deviation(4) == pytest.approx(whole.rms_deviation(4), rel=0.1)
+
+
+def test_rows_that_stand_for_all_are_1024_at_most() -> None:
+    assert rows_at_equal_distances(1024).tolist() == list(range(1024))
+    assert rows_at_equal_distances(2048).tolist() == list(range(0, 2048, 2))
+
+
+def test_no_variance_is_negative_where_the_expansion_fails() -> None:
+    """At two units to a template, of members whose readout alone is trained, it takes more than there is."""
+    infinite = LimitPrediction(TASK, EVALUATION, TemplatePredictor(TASK.templates, layers="readout"))
+    theory = FiniteWidth(infinite.predictor, 2 * SIZE)
+    estimate = theory.variance(EVALUATION.matches, generator=torch.Generator().manual_seed(0), units=16)
+    assert float(estimate.variance.min()) < 0
+    prediction = WidthPrediction(infinite, theory, units=16)
+    assert float(prediction.variance.min()) == 0
+    assert 0 < prediction.exact_match(4, "midpoint") < 1
 
 
 def test_the_error_bounds_what_more_units_change() -> None:

@@ -120,6 +120,7 @@ def test_padding_is_templates_that_never_match_and_set_nothing(layers: Layers, a
     torch.testing.assert_close(short.predict(matches).mean, explicit.predict(longer).mean[:, :bits], rtol=0, atol=1e-14)
     torch.testing.assert_close(short.predict(matches).variance, explicit.predict(longer).variance, rtol=0, atol=1e-16)
     torch.testing.assert_close(short.encode(matches), explicit.encode(longer), rtol=0, atol=0)
+    assert torch.equal(LimitPrediction(TASK, evaluation, short).inputs, explicit.encode(longer))
     for decoder in DECODERS:
         limits = thresholds(decoder, short, s)
         torch.testing.assert_close(limits, thresholds(decoder, explicit, s)[:, :bits], rtol=0, atol=1e-14)

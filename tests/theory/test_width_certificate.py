@@ -1,5 +1,6 @@
 """Estimates at a finite width over all states: against every state of a small task, and against trained ensembles."""
 
+import itertools
 import math
 
 import pytest
@@ -9,9 +10,10 @@ from torch import Tensor
 from ntk_ensembles.ensemble import predict
 from ntk_ensembles.ensemble.cohort import Recipe, train_members
 from ntk_ensembles.tasks import Addition, EvaluationSet
-from ntk_ensembles.templates import MatchBounds
+from ntk_ensembles.templates import MatchBounds, StateLayout, Template, TemplateSet
 from ntk_ensembles.theory import (
     DECODERS,
+    Decoder,
     FiniteWidth,
     Layers,
     TemplatePredictor,
@@ -64,6 +66,85 @@ def test_the_score_is_below_that_of_every_state(antisymmetric: bool, corrected: 
     torch.testing.assert_close(some, spread, rtol=0.25, atol=1e-6)
 
 
+def free_templates() -> TemplateSet:
+    """Six templates that want a bit each, so that any of them match together; some bits have one setter, some five."""
+    sets = [[0, 1], [0, 2], [0, 3, 5], [0, 4], [1, 2, 3, 4], [0, 4]]
+    rules = [Template.rule("own", ones=[bit], sets=written) for bit, written in enumerate(sets)]
+    return TemplateSet(StateLayout(x=6), rules)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_score_is_the_smallest_of_all_states_where_any_templates_match_together(
+    corrected: bool, decoder: Decoder, padding: int
+) -> None:
+    """Each bit and value in turn varies more than all others, and so decides."""
+    templates = free_templates()
+    finite = FiniteWidth(TemplatePredictor(templates, padding), 600, corrected=corrected)
+    matches = torch.tensor(list(itertools.product([False, True], repeat=6))[1:])
+    following = templates.set_counts(matches) > 0
+    mean = finite.predictor.predict(matches).mean + finite.bias(matches)
+    limits = thresholds(decoder, finite.predictor, matches.sum(1))
+    distance = torch.where(following, mean - limits, limits - mean)
+    bounds = MatchBounds(templates)
+    found, expected = [], []
+    for value, bit in itertools.product([0, 1], range(6)):
+        spread = torch.full((2, 6), 1e-4, dtype=torch.float64)
+        spread[value, bit] = 1.0
+        scores = []
+        for state, s in enumerate(matches.sum(1).tolist()):
+            for j in range(6):
+                margin = float(distance[state, j])
+                variance = float(finite.predictor.variance(torch.tensor([s]))) + float(
+                    spread[int(following[state, j]), j]
+                )
+                # A template alone is a training point: it fails, ties, or is right for certain.
+                scores.append(0.0 if margin <= 1e-9 else margin / math.sqrt(variance) if s > 1 else math.inf)
+        expected.append(min(scores))
+        found.append(score_at_width(finite, bounds, decoder, spread))
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert (max(expected) > 0) == (decoder == "midpoint")
+
+
+def test_a_0_bit_is_raised_by_those_of_the_others_that_have_the_most_bias() -> None:
+    """Of two templates that exclude each other the one that sets fewer bits lowers the output less."""
+    rules = [
+        Template.rule("setter", ones=[3], sets=[0]),
+        Template.rule("long", ones=[0], sets=[1, 2, 3, 4, 5]),
+        Template.rule("short", ones=[1], zeros=[0], sets=[1]),
+        Template.rule("free", ones=[2], sets=[1, 2, 3]),
+    ]
+    templates = TemplateSet(StateLayout(x=6), rules)
+    finite = FiniteWidth(TemplatePredictor(templates), 600)
+    spread = torch.full((2, 6), 1e-4, dtype=torch.float64)
+    spread[0, 0] = 1.0
+    scores = []
+    for at in ([1, 3], [2, 3]):
+        matches = torch.tensor([[index in at for index in range(4)]])
+        mean = finite.predictor.predict(matches).mean + finite.bias(matches)
+        distance = float((thresholds("midpoint", finite.predictor, torch.tensor([2])) - mean)[0, 0])
+        scores.append(distance / math.sqrt(float(finite.predictor.variance(torch.tensor([2]))) + 1))
+    assert scores[1] < scores[0]
+    assert score_at_width(finite, MatchBounds(templates), "midpoint", spread) == pytest.approx(scores[1], rel=1e-9)
+
+
+def test_the_spread_is_the_largest_for_each_bit_and_value() -> None:
+    finite = theory(20 * SIZE)
+    matches = MATCHES[::3][MATCHES[::3].sum(1) > 1]
+    following = TASK.templates.set_counts(matches) > 0
+    # No state is left in which the first bit becomes 1.
+    matches, following = matches[~following[:, 0]], following[~following[:, 0]]
+    estimate = finite.variance(matches, generator=torch.Generator().manual_seed(0), units=64).variance
+    added = estimate - finite.predictor.variance(matches.sum(1))[:, None]
+    found = spread_at_width(finite, matches, units=64)
+    for value, bit in itertools.product([False, True], range(BITS)):
+        seen = [float(a) for a, one in zip(added[:, bit], following[:, bit], strict=True) if bool(one) == value]
+        assert float(found[int(value), bit]) == (max(seen) if seen else float(found.max()))
+    assert found[1, 0] == found.max()
+    assert (found[0] != found[1]).sum() >= BITS - 1
+
+
 @pytest.mark.parametrize("antisymmetric", [False, True])
 def test_it_becomes_the_certificate_of_infinite_width(antisymmetric: bool) -> None:
     evaluation = EvaluationSet.sample(TASK, 100, 0)
@@ -81,6 +162,18 @@ def test_the_width_to_trust() -> None:
     assert theory(width).movement <= 0.6 < theory(width - 1).movement
     found = certify_width(TASK, width - 1, evaluation=EvaluationSet.sample(TASK, 20, 0))
     assert (found["trusted"], found["trusted_from"]) == (False, width)
+
+
+def test_corrected_labels_are_those_that_are_certified() -> None:
+    evaluation, width = EvaluationSet.sample(TASK, 50, 0), 12 * SIZE
+    finite = theory(width, corrected=True)
+    found = certify_width(TASK, width, labels="corrected", decoders=["midpoint"], evaluation=evaluation)
+    assert (found["labels"], found["movement"]) == ("corrected", finite.movement)
+    assert finite.movement < theory(width).movement
+    spread = spread_at_width(finite, states_of_all_densities(TASK, evaluation))
+    score = score_at_width(finite, MatchBounds(TASK.templates), "midpoint", spread)
+    assert found["decoders"]["midpoint"]["score"]["all_states"] == score
+    assert score != score_at_width(theory(width), MatchBounds(TASK.templates), "midpoint", spread)
 
 
 def outputs_of(finite: FiniteWidth, init: str, members: int) -> Tensor:
