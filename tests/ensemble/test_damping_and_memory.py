@@ -159,6 +159,32 @@ def test_a_saved_state_does_not_change_when_its_descent_or_another_goes_on(monke
     assert state["statuses"] == saved["statuses"]
 
 
+def test_a_step_is_measured_in_bfloat16_only_while_all_of_a_batch_are_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One member has half of its loss left throughout; the other passes a hundredth in the second step."""
+    shares = [[0.5, 0.5], [0.5, 1e-3], [0.5, 1e-4], [1e-9, 1e-9]]
+    asked: list[bool] = []
+
+    class Scripted:
+        def __init__(self) -> None:
+            self.values = torch.zeros(2, 3, 6, dtype=torch.float64)
+
+        def outputs(self, *, coarse: bool = False) -> Tensor:
+            return self.values.clone()
+
+        def step(self, cotangents: Tensor, *, coarse: bool = False) -> Tensor:
+            left = torch.tensor(shares[len(asked)], dtype=torch.float64).sqrt()
+            asked.append(coarse)
+            self.values = LABELS.T * (1 - left[:, None, None])
+            return self.outputs()
+
+    monkeypatch.setattr(descent_module, "make_engine", lambda *arguments, **options: Scripted())
+    descent = Descent(MLPStack(6, 3, 4, 2, dtype=torch.float64), bfloat16=True, together=2)
+    descent.bind(EYE, LABELS)
+    while descent.running:
+        descent.step()
+    assert asked == [True, True, False, False]
+
+
 @pytest.mark.parametrize("together", [1, 2])
 def test_members_that_diverge_are_drawn_again_each_by_itself(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the batch that a member is in: the second and the third of four diverge once, as their first step."""

@@ -139,6 +139,7 @@ def test_a_stack_is_a_module_like_any_other(tmp_path) -> None:  # type: ignore[n
     ("changes", "says"),
     [
         ({"width": 7, "init": "antisymmetric"}, "width=7: expected an even number"),
+        ({"width": 1, "init": "antisymmetric"}, "width=1: expected an even number"),
         ({"width": 0}, "width=0: expected an integer from 1"),
         ({"init": "xavier"}, "init='xavier': expected one of gaussian, antisymmetric"),
         ({"seed": -1}, "seed=-1"),

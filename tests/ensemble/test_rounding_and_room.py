@@ -92,6 +92,16 @@ def test_by_default_a_cohort_is_whole_rounds_of_what_fits(
     assert choose_cohort(recipe, 7, 2, CPU, wanted=min(fits, 5)) == min(fits, 2)
 
 
+@pytest.mark.parametrize(("processes", "expected"), [(1, 8), (2, 4), (4, 2)])
+def test_processes_share_memory_and_cores(processes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the memory of 50 members a quarter of a process's share is taken, in whole rounds of its 8, 4 or 2 cores."""
+    recipe = Recipe(torch.zeros(12, 9), 64)
+    each = recipe.training_bytes + 7 * 9 * (4 + 8)
+    monkeypatch.setattr("ntk_ensembles.ensemble.cohort.free_memory_bytes", lambda device: 50 * each)
+    monkeypatch.setattr("ntk_ensembles.ensemble.cohort.cpu_workers", lambda: 8)
+    assert choose_cohort(recipe, 7, 1000, CPU, processes=processes) == expected
+
+
 @pytest.mark.parametrize(("width", "expected"), [(1 << 20, 64), (1 << 14, 102), (1 << 13, 204), (1, 1024)])
 def test_members_are_many_together_only_if_they_are_small(
     width: int, expected: int, monkeypatch: pytest.MonkeyPatch

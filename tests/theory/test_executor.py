@@ -91,6 +91,22 @@ def test_a_prediction_is_the_predictors(case: tuple[int, int, int], padding: int
         assert torch.equal(torch.cat([getattr(gaussian, field) for gaussian in few]), wanted)
 
 
+@pytest.mark.parametrize("count", [8, 80])
+def test_predictions_and_margins_are_of_the_layers_that_are_trained(count: int) -> None:
+    templates = Addition(3).templates
+    states = torch.rand(count, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    expected = TemplatePredictor(templates, 2, layers="readout")
+    matches = templates.matches(states)
+    executor = NTKExecutor(templates, padding=2, layers="readout")
+    found, prediction = executor.predict(states), expected.predict(matches)
+    assert torch.equal(found.mean, prediction.mean)
+    assert torch.equal(found.variance, prediction.variance)
+    levels = thresholds("midpoint", expected, matches.sum(1))
+    distances = margins(prediction.mean, levels, templates.set_counts(matches) > 0)
+    distances = distances.masked_fill(~matches.any(1)[:, None], math.inf)
+    assert_close(rollout(executor, states, 1).margins, distances.min(1).values)
+
+
 def test_predictions_of_more_states_than_are_counted_at_once() -> None:
     task = SBN(cells=4, word_bits=4)
     executor = NTKExecutor(task.templates)

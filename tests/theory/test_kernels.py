@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from ntk_ensembles.theory.kernels import (
     nngp,
     ntk,
     ntk_profile,
+    parallel_rows,
 )
 
 COSINES = [-0.999, -0.7, -0.2, 0.0, 1e-3, 0.3, 1 / math.sqrt(2), 0.95, 0.9999]
@@ -75,6 +77,25 @@ def test_kappas_are_guarded_and_keep_their_dtype(dtype: torch.dtype) -> None:
         torch.testing.assert_close(values, expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
     assert float(ntk_profile(beyond)[3]) == NTK_DIAGONAL
     assert float(ntk_profile(beyond)[2]) == pytest.approx(ORTHOGONAL, rel=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("distance", [1e-15, 1e-12, 1e-9, 1e-4])
+def test_kappas_are_exact_next_to_the_ends(distance: float) -> None:
+    """Where κ0 is steepest, of the very cosine that is given: mpmath has 50 digits."""
+    with mpmath.workdps(50):
+        for cosine in (1 - distance, -1 + distance):
+            rho = mpmath.mpf(cosine)
+            opening, sine = mpmath.pi - mpmath.acos(rho), mpmath.sqrt(1 - rho**2)
+            zeroth, first = opening / (2 * mpmath.pi), (sine + opening * rho) / (2 * mpmath.pi)
+            given = torch.tensor(cosine, dtype=torch.float64)
+            assert abs(float(kappa0(given)) - zeroth) < 2e-16
+            assert abs(float(kappa1(given)) - first) < 2e-16
+
+
+def test_only_rows_of_one_direction_are_parallel() -> None:
+    rows = torch.tensor([[3.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, 0.0], [0.0, -5.0]], dtype=torch.float64)
+    assert parallel_rows(rows, 1e-8) is None
+    assert parallel_rows(torch.cat([rows, rows[2:3] / 7]), 1e-8) == (2, 5)
 
 
 def test_kernels_are_those_of_a_wide_network() -> None:

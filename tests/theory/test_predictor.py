@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,6 +17,7 @@ from ntk_ensembles.errors import OptionError
 from ntk_ensembles.tasks import Addition
 from ntk_ensembles.templates import StateLayout, Template, TemplateSet
 from ntk_ensembles.theory import LAYERS, Layers, TemplatePredictor, posterior
+from ntk_ensembles.theory.predictor import PADDING_MAX
 
 Array = npt.NDArray[np.float64]
 
@@ -86,6 +88,23 @@ def test_designs_formulas(templates: int) -> None:
     np.testing.assert_allclose(got_m.numpy(), w_m, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(got_u.numpy(), w_u, rtol=1e-11, atol=1e-15)
     np.testing.assert_allclose(predictor.variance(matched).numpy(), variance, rtol=1e-11, atol=1e-14 / templates)
+
+
+def test_weights_keep_their_digits_beside_millions_of_templates() -> None:
+    """w_u is a small difference of numbers near 1; mpmath has digits to spare."""
+    predictor = TemplatePredictor(plain(9).templates, PADDING_MAX)
+    counts = torch.arange(1, 10)
+    found = predictor.weights(counts)[1].tolist()
+    with mpmath.workdps(50):
+        c, k = 1 / (2 * mpmath.pi), predictor.size
+        for s, value in zip(counts.tolist(), found, strict=True):
+            rho = 1 / mpmath.sqrt(s)
+            opening = mpmath.pi - mpmath.acos(rho)
+            a = (mpmath.sqrt(1 - rho**2) + 2 * opening * rho) * c
+            # (kΘ)⁻¹ on s entries a and k − s entries c, by the all-ones direction and the rest.
+            mean = (s * a + (k - s) * c) / k
+            exact = mean / (1 - c + c * k) + (c - mean) / (1 - c)
+            assert abs(value - exact) <= 1e-15 * abs(exact) + 1e-24
 
 
 def test_degenerate_states() -> None:
