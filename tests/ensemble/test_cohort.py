@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from ntk_ensembles.ensemble import DescentOptions, Recipe, choose_cohort, predict, train_members
+from ntk_ensembles.ensemble import (
+    Descent,
+    DescentOptions,
+    Init,
+    MLPStack,
+    Recipe,
+    choose_cohort,
+    predict,
+    train_members,
+)
 from ntk_ensembles.tasks import Addition, EvaluationSet
 from ntk_ensembles.theory import LimitPrediction
 
@@ -56,6 +65,24 @@ def test_wrong_words_are_refused(unchecked: None) -> None:
         recipe(precision="bf16")
     with pytest.raises(ValueError, match="init='zeros': expected one of gaussian, antisymmetric"):
         recipe(init="zeros")
+
+
+@pytest.mark.parametrize("init", ["gaussian", "antisymmetric"])
+def test_members_are_those_of_the_recipes_seed_and_init_trained_in_its_precision(init: Init) -> None:
+    templates, bits = TASK.templates.labels.shape
+    drawn = MLPStack(templates, bits, 64, [2, 5], seed=5, init=init)
+    made = recipe(64, init=init).make_stack([2, 5], CPU)
+    assert torch.equal(made.hidden, drawn.hidden)
+    assert torch.equal(made.readout, drawn.readout)
+    low, full = (train_members(recipe(64, init=init, precision=p), [2, 5], CPU)[0] for p in ("bf16-mixed", "32-true"))
+    descent = Descent(drawn, bfloat16=True)
+    descent.bind(torch.eye(templates), TASK.templates.labels.float())
+    while descent.running:
+        descent.step()
+    assert torch.equal(low.hidden, drawn.hidden)
+    assert not torch.equal(low.hidden, full.hidden)
+    # Trained members are for use: predictions record no gradients.
+    assert not any(parameter.requires_grad for parameter in low.parameters())
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("64-true", torch.float64)])

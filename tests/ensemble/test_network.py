@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.func import stack_module_state
 
-from ntk_ensembles.ensemble import Init, MLPStack, TwoLayerMLP
-from ntk_ensembles.ensemble.network import member_seed
+from ntk_ensembles.ensemble import Init, MLPStack, TwoLayerMLP, network
+from ntk_ensembles.ensemble.network import cpu_workers, map_members, member_seed
 
 
 def drawn(indices: list[int], *, width: int = 2500, init: Init = "gaussian", seed: int = 7) -> MLPStack:
@@ -152,3 +152,33 @@ def test_bad_arguments_are_refused(unchecked: None, changes: dict[str, object], 
     arguments = {"in_features": 5, "out_features": 3, "width": 8, "members": 2, **changes}
     with pytest.raises(ValueError, match=says):
         MLPStack(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("inference", [False, True])
+def test_members_are_worked_on_by_one_thread_each_without_gradients(
+    workers: int, inference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether they are shared out or not, and in the caller's inference mode, which threads do not inherit."""
+    monkeypatch.setattr(network, "cpu_workers", lambda: workers)
+
+    def modes(item: int) -> tuple[int, int, bool, bool]:
+        return item, torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch.inference_mode(inference):
+            for items in (range(1), range(5)):
+                found = map_members(modes, items, torch.device("cpu"))
+                assert found == [(item, 1, False, inference) for item in items]
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_more_members_are_worked_on_than_there_are_cores_or_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, threads, expected in ((1, 3, 1), (8, 3, 3), (3, 3, 3)):
+        monkeypatch.setattr(network, "allowed_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert cpu_workers() == expected

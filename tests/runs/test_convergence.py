@@ -7,7 +7,7 @@ import torch
 
 from ntk_ensembles.runs import convergence_rows, ensemble_sizes
 from ntk_ensembles.tasks import Addition, EvaluationSet
-from ntk_ensembles.theory import LimitPrediction
+from ntk_ensembles.theory import FiniteWidth, LimitPrediction, WidthPrediction
 
 
 @pytest.mark.parametrize(("members", "sizes"), [(0, []), (1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
@@ -48,6 +48,17 @@ def test_convergence_rows_by_brute_force() -> None:
         assert row["rms_deviation"] == pytest.approx(float(squares), rel=1e-6)
         expected = math.sqrt(float(limit.variance.mean()) / row["members"])
         assert row["predicted_rms_deviation"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_rows_hold_what_the_members_own_width_predicts() -> None:
+    task = Addition(3)
+    limit = LimitPrediction(task, EvaluationSet.sample(task, 40, 0))
+    at_width = WidthPrediction(limit, FiniteWidth(limit.predictor, 10 * len(task.templates)), units=16)
+    for row in convergence_rows(limit, torch.zeros(4, *limit.mean.shape), at_width=at_width):
+        members = row["members"]
+        expected = math.sqrt(float(at_width.bias.square().mean()) + float(at_width.variance.mean()) / members)
+        assert row["finite_width_rms_deviation"] == pytest.approx(expected, rel=1e-12)
+        assert row["finite_width_rms_deviation"] != pytest.approx(limit.rms_deviation(members), rel=1e-2)
 
 
 def test_rows_match_limit_where_deviations_are_drawn_from_it() -> None:

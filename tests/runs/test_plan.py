@@ -11,11 +11,13 @@ from ntk_ensembles.cli.parsing import parse_task
 from ntk_ensembles.ensemble import predict
 from ntk_ensembles.ensemble.cohort import Recipe, train_members
 from ntk_ensembles.runs import RunOptions
+from ntk_ensembles.runs import plan as plan_module
 from ntk_ensembles.runs.plan import Calibration, calibrate, plan, smallest_reaching
 from ntk_ensembles.tasks import Addition, EvaluationSet
 from ntk_ensembles.theory import (
     MOVEMENT_MAX,
     FiniteWidth,
+    Layers,
     LimitPrediction,
     TemplatePredictor,
     WidthPrediction,
@@ -91,6 +93,41 @@ def test_costs() -> None:
     assert measured.steps(1000, 1e-6) == 3
     assert measured.seconds(100, 2, 4) == 2.0
     assert measured.seconds(300, 5, 4) == 18.0
+
+
+@pytest.mark.parametrize(("layers", "products"), [("both", 3), ("readout", 2)])
+def test_arithmetic_and_memory_are_those_of_all_members_and_of_a_cohort(
+    layers: Layers, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product for the outputs, and for each step one for them and one for each trained layer; evaluation adds up."""
+    task, states = Addition(3), 50
+    monkeypatch.setattr(plan_module, "choose_cohort", lambda recipe, states, members, device: min(members, 2))
+    choices, measured = plan(task, 0.9999, decoders=["midpoint"], layers=layers, evaluation_states=states, widths=[256])
+    evaluation = EvaluationSet.sample(task, states, 0)
+    templates, bits = task.templates.labels.shape
+    assert len(choices) == (4 if layers == "both" else 2)
+    for choice in choices:
+        assert choice.steps == measured.steps(256, 1e-6)
+        trained = (products * choice.steps + 1) * 256 * templates * bits
+        evaluated = 256 * (int(evaluation.matches.sum()) + states * bits)
+        assert choice.multiply_adds == choice.members * (trained + evaluated)
+        each = Recipe(task.templates.labels.float(), 256).training_bytes
+        assert choice.memory_bytes == min(choice.members, 2) * each
+        words = shlex.split(choice.command)
+        assert ("--layers" in words) == (layers == "readout")
+        assert "--padding" not in words
+        assert "--evaluation-seed" not in words
+    assert max(choice.members for choice in choices) > 2
+
+
+def test_a_wider_ensemble_for_all_states_has_fewer_members() -> None:
+    choices, _ = plan(
+        TASK, 0.95, decoders=["midpoint"], all_states=True, evaluation_states=50, widths=[512, 1024, 2048]
+    )
+    for choice in choices:
+        same = [c.members for c in choices if (c.init, c.labels) == (choice.init, choice.labels)]
+        assert len(set(same)) == len(same)
+    assert len(choices) < 12
 
 
 def test_steps_are_those_of_members() -> None:

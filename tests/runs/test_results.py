@@ -1,5 +1,6 @@
 """The final table says what the results say."""
 
+import math
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ from rich.console import Console
 from ntk_ensembles.ensemble import MemberStatus
 from ntk_ensembles.runs import Experiment, MemberResults, RunOptions
 from ntk_ensembles.runs.figures import convergence_figure
-from ntk_ensembles.runs.results import exact_from, print_finite_width, print_report, print_training, results_of
+from ntk_ensembles.runs.results import (
+    exact_from,
+    in_short,
+    print_finite_width,
+    print_report,
+    print_training,
+    results_of,
+)
 from ntk_ensembles.tasks import Addition
 from ntk_ensembles.theory import DECODERS, FiniteWidth, WidthPrediction
 
@@ -59,6 +67,11 @@ def test_it_never_rounds_to_all_or_none_and_names_failures() -> None:
     assert "tensorboard --logdir 'my runs'" in printed
 
 
+def test_twenty_members_are_named_and_more_are_hinted_at() -> None:
+    assert in_short(range(20)) == ", ".join(map(str, range(20)))
+    assert in_short(range(21)) == ", ".join(map(str, range(20))) + " …"
+
+
 def test_the_table_of_the_members_own_width_or_why_there_is_none() -> None:
     text = StringIO()
     print_finite_width([row(1, 0.5), row(4, 1.0)], 64, None, Console(file=text, width=120))
@@ -83,6 +96,7 @@ def test_results_hold_the_members_own_width_where_it_is_valid() -> None:
             range(4), [MemberStatus(False, True, 0, [1.0, 0.0])] * 4, deviations, [0.0] * 3
         )
         results = results_of(experiment, members, torch.device("cpu"))
+        assert results["executions"] == len(experiment.evaluation.trajectories) < results["evaluation_states"] == 40
         finite = results["finite_width"]
         assert finite["movement"] == pytest.approx(FiniteWidth(experiment.limit.predictor, width).movement)
         assert (finite["omitted"] is None) == valid
@@ -94,6 +108,8 @@ def test_results_hold_the_members_own_width_where_it_is_valid() -> None:
                 assert found["finite_width_exact_match"]["midpoint"] == expected
                 assert found["finite_width_rms_deviation"] == prediction.rms_deviation(found["members"])
                 assert finite["states"] == 40
+                assert finite["bias_rms"] == pytest.approx(math.sqrt(float(prediction.bias.square().mean())), rel=1e-12)
+                assert finite["variance"] == float(prediction.variance.mean())
             else:
                 assert found["finite_width_exact_match"] is None
                 assert found["finite_width_bit_accuracy"] is None

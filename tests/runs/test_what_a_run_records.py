@@ -15,8 +15,9 @@ from lightning import Callback
 from rich.console import Console
 from safetensors.torch import load_file
 
+from ntk_ensembles.ensemble import DescentOptions
 from ntk_ensembles.files import SaveError
-from ntk_ensembles.runs import Ensemble, Run, RunOptions, StoreError
+from ntk_ensembles.runs import Ensemble, Experiment, Run, RunOptions, StoreError
 from ntk_ensembles.tasks import Addition, Task, load_task_class
 from ntk_ensembles.training import train
 
@@ -54,6 +55,12 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("other") / "run"
     run(directory, **OTHERS)
     return directory
+
+
+def test_a_run_trains_by_default_as_python_does() -> None:
+    """The defaults stand in two places; documented are a tolerance of 1e-6 and 50 steps."""
+    assert Experiment(Addition(2), RunOptions()).recipe.descent == DescentOptions(tolerance=1e-6, steps_max=50)
+    assert DescentOptions() == DescentOptions(tolerance=1e-6, steps_max=50)
 
 
 def columns_of(directory: Path) -> dict[str, torch.Tensor]:
