@@ -351,7 +351,7 @@ class Experiment:
 
 
 def _is_kept(choice: str, size: int, budget: int) -> bool:
-    """Return whether something of so many bytes is kept, of which "auto" keeps what the budget allows."""
+    """Return whether something of a size in bytes is kept; "auto" keeps what is within the budget."""
     return choice == "all" or (choice == "auto" and size <= budget)
 
 

@@ -125,7 +125,7 @@ class MatchBounds:
 
     def _search(self, largest: bool, bit: int | None, set_count: int | None) -> Bound | None:
         control = clingo.Control(["0"])  # a better state after every state, not only the first
-        search = _Search(control, self._write_program(control, largest, bit, set_count))
+        search = _StateSearch(control, self._write_program(control, largest, bit, set_count))
         seconds, started_at = max(self._seconds_left / 2, _SECONDS_OF_A_SEARCH), time.monotonic()
         search.run(seconds)
         self._seconds_left -= time.monotonic() - started_at
@@ -181,7 +181,7 @@ class MatchBounds:
         return state
 
 
-class _Search:
+class _StateSearch:
     """A search for the state that costs least, which can be stopped.
 
     Attributes:
