@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from ntk_ensembles import Addition, RunOptions
-from ntk_ensembles.training import EnsembleModule, train
+from ntk_ensembles.training import EnsembleModule, stream, train
 
 SMALL: dict[str, Any] = {"width": 32, "evaluation_states": 15, "tolerance": 0.3}
 
@@ -56,6 +56,34 @@ def test_what_does_not_fit_is_halved(
     assert f"out of memory with {cohort} members at once; continuing with {cohort // 2}" in printed.getvalue()
     names = sorted(path.name for path in out.glob("checkpoints/members-*"))
     assert names == [f"members-{own[0]:06d}-{own[-1]:06d}.safetensors" for own in cohorts]
+
+
+def test_progress_goes_back_by_what_was_done_of_a_cohort_that_did_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out when a cohort has been trained and is evaluated: never more members are shown than are done."""
+    done: list[float] = []
+
+    class Watched(stream.Progress):
+        def advance(self, *arguments: Any, **options: Any) -> None:
+            super().advance(*arguments, **options)
+            done.append(self.completed)
+
+    class FullAtTheEnd(L.Callback):
+        finished = 0
+
+        def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            assert isinstance(pl_module, EnsembleModule)
+            if len(pl_module.stack) > 1:
+                raise torch.OutOfMemoryError("no room")
+            self.finished += 1
+            # What is trained of the cohort on its way is 0.8 of it.
+            assert done[-1] == pytest.approx(self.finished - 0.2)
+
+    monkeypatch.setattr(stream, "Progress", Watched)
+    options = RunOptions(**SMALL, ensemble=4, cohort=4, out=str(tmp_path / "run"))
+    train(Addition(2), options, console=Console(quiet=True), callbacks=[FullAtTheEnd()])
+    assert max(done) == pytest.approx(4)
 
 
 def test_one_member_that_does_not_fit_ends_the_run(tmp_path: Path) -> None:

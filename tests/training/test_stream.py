@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
 from ntk_ensembles import Addition, RunOptions, train
-from ntk_ensembles.ensemble import Recipe, train_members
-from ntk_ensembles.runs import Experiment
+from ntk_ensembles.ensemble import MemberStatus, Recipe, train_members
+from ntk_ensembles.runs import Experiment, MemberResults
 from ntk_ensembles.training import stream
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -108,6 +108,14 @@ def test_progress_moves_within_a_cohort() -> None:
     assert notes[1].startswith("step 1, relative loss")
     assert results.seconds.shape == (1, 3)
     assert (results.seconds > 0).all()
+
+
+def test_the_remark_on_a_cohort_tells_its_worst_member_and_how_many_failed() -> None:
+    statuses = [MemberStatus(False, False, 0, [1.0, 0.5, 0.25]), MemberStatus(False, True, 0, [1.0, 1e-9])]
+    results = MemberResults.from_cohort([4, 5], statuses, torch.zeros(2, 1, 1), [0.0] * 3)
+    assert stream._summary(results) == "1 did not converge; relative loss ≤ 2.5e-01 in 2 steps"
+    converged = dataclasses.replace(results, converged=torch.tensor([True, True]))
+    assert stream._summary(converged) == "relative loss ≤ 2.5e-01 in 2 steps"
 
 
 def test_what_cannot_be_spread_over_processes_is_refused(tmp_path: Path) -> None:
